@@ -1,0 +1,249 @@
+"""The LM head of a call: its logits a chunk at a time, and its gradients as chunks add them up.
+
+N tokens, C rows of a chunk, K counted rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ._backend import MIB, chunk_rows_for
+from ._inputs import ACTIVE, MASKED, TokenBatch, check_device
+
+Tokens = int | Tensor  # the first token of a run of them, or their indices
+
+
+class RowPlan:
+    """The order in which rows are computed: with a gradient, then for their statistics only."""
+
+    def __init__(
+        self, batch: TokenBatch, wants_gradient: bool, statistics: str, skip_rows: bool
+    ) -> None:
+        state_N = batch.state_N
+        total = len(state_N)
+        self.order_N: Tensor | None = None
+        capturing = state_N.is_cuda and torch.cuda.is_current_stream_capturing()
+        self.skips_masked = skip_rows and not capturing
+        if not self.skips_masked:
+            if statistics == "active":
+                raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
+            self.num_gradient, self.num_computed = total if wants_gradient else 0, total
+            return
+        counts = torch.stack([(state_N == ACTIVE).sum(), (state_N != MASKED).sum()])
+        num_active, num_counted = counts.tolist()  # the one host synchronisation
+        self.num_gradient = num_active if wants_gradient else 0
+        self.num_computed = num_active if statistics == "active" else num_counted
+        if self.num_computed < total or 0 < self.num_gradient < total:
+            order_N = state_N.argsort(descending=True, stable=True)
+            self.order_N = order_N.to(batch.ids_N.device, non_blocking=True)
+
+
+class Head:
+    """Hidden states and LM head of a call, checked, and the chunks of their logits."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor | None,
+        needs_gradient: tuple[bool, ...] | None = None,
+    ) -> None:
+        if torch.is_autocast_enabled(hidden.device.type) and ids is not None:
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if ids is not None:
+            _check_head(hidden, weight, bias, ids)
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden_size, self.vocabulary = hidden.shape[-1], weight.shape[0]
+        self.dtype, self.device = hidden.dtype, hidden.device
+        self.accumulator_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        if needs_gradient is None:
+            enabled = torch.is_grad_enabled()
+            needs_gradient = tuple(
+                enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)
+            )
+        self.needs_hidden, self.needs_weight, self.needs_bias = needs_gradient
+        self.wants_gradient = any(needs_gradient)
+
+    def chunk_rows(self, chunk_rows: int | None, num_rows: int, row_step: ModuleType) -> int:
+        return chunk_rows_for(
+            chunk_rows,
+            num_rows=num_rows,
+            hidden_size=self.hidden_size,
+            vocabulary=self.vocabulary,
+            dtype=self.dtype,
+            device=self.device,
+            backend=row_step,
+            with_weight_gradient=self.needs_weight,
+        )
+
+    def chunks(
+        self, plan: RowPlan, chunk: int, mask_N: Tensor | None
+    ) -> Iterator[tuple[Tokens, Tensor, Tensor, bool]]:
+        """Yield tokens, hidden states, logits and whether a gradient is wanted, of each chunk."""
+        if not plan.skips_masked and mask_N is not None:
+            mask_N = mask_N[:, None]
+        else:
+            mask_N = None
+        buffer_CV = self._buffer(chunk)
+        parts = ((0, plan.num_gradient, True), (plan.num_gradient, plan.num_computed, False))
+        for start, end, active in parts:
+            for first in range(start, end, chunk):
+                last = min(first + chunk, end)
+                tokens = first if plan.order_N is None else plan.order_N[first:last]
+                hidden_CH = self._rows(tokens, last - first)
+                if mask_N is not None:
+                    # A gradient of 0 times a NaN hidden state would be a NaN in the weight's.
+                    hidden_CH = hidden_CH.masked_fill(~mask_N[first:last], 0)
+                yield tokens, hidden_CH, self._logits(hidden_CH, buffer_CV), active
+
+    def chunks_of(
+        self, tokens_K: Tensor | None, chunk: int
+    ) -> Iterator[tuple[Tokens, Tensor, Tensor]]:
+        """Yield tokens, hidden states and logits of each chunk of the given tokens; None = all."""
+        buffer_CV = self._buffer(chunk)
+        end = self.hidden.numel() // self.hidden_size if tokens_K is None else len(tokens_K)
+        for first in range(0, end, chunk):
+            last = min(first + chunk, end)
+            tokens = first if tokens_K is None else tokens_K[first:last]
+            hidden_CH = self._rows(tokens, last - first)
+            yield tokens, hidden_CH, self._logits(hidden_CH, buffer_CV)
+
+    def _buffer(self, chunk: int) -> Tensor:
+        return torch.empty(chunk, self.vocabulary, device=self.device, dtype=self.dtype)
+
+    def _rows(self, tokens: Tokens, count: int) -> Tensor:
+        """Return the hidden states of some tokens without a copy of all of them."""
+        hidden = self.hidden
+        if hidden.dim() == 2 or hidden.is_contiguous():
+            hidden_NH = hidden.view(-1, self.hidden_size) if hidden.dim() == 3 else hidden
+            if isinstance(tokens, int):
+                return hidden_NH[tokens : tokens + count]
+            return hidden_NH.index_select(0, tokens)
+        if isinstance(tokens, int):
+            tokens = torch.arange(tokens, tokens + count, device=self.device)
+        length = hidden.shape[1]
+        return hidden[tokens // length, tokens % length]
+
+    def _logits(self, hidden_CH: Tensor, buffer_CV: Tensor) -> Tensor:
+        logits_CV = buffer_CV[: len(hidden_CH)]
+        if self.bias is None:
+            return torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
+        return torch.addmm(self.bias, hidden_CH, self.weight.t(), out=logits_CV)
+
+
+class HeadGradients:
+    """What the chunks add up to; only what is wanted exists."""
+
+    def __init__(self, head: Head, scale: Tensor | None) -> None:
+        self.head = head
+        self.scale = scale  # of dhidden, applied before it is rounded
+        fp32 = {"device": head.device, "dtype": head.accumulator_dtype}
+        self.dhidden = (
+            torch.zeros(head.hidden.shape, device=head.device, dtype=head.dtype)
+            if head.needs_hidden
+            else None
+        )
+        self.dweight_VH = torch.zeros(head.weight.shape, **fp32) if head.needs_weight else None
+        self.dbias_V = torch.zeros(head.vocabulary, **fp32) if head.needs_bias else None
+
+    def add(self, tokens: Tokens, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
+        if self.dhidden is not None:
+            dhidden_CH = _product(dlogits_CV, self.head.weight, self.head.accumulator_dtype)
+            if self.scale is not None:
+                dhidden_CH *= self.scale
+            dhidden_NH = self.dhidden.view(-1, self.head.hidden_size)
+            if isinstance(tokens, int):
+                dhidden_NH[tokens : tokens + len(dhidden_CH)] = dhidden_CH
+            else:
+                dhidden_NH[tokens] = dhidden_CH.to(self.head.dtype)
+        if self.dweight_VH is not None:
+            _add_product(self.dweight_VH, dlogits_CV.t(), hidden_CH)
+        if self.dbias_V is not None:
+            self.dbias_V += dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b, accumulated and returned in `dtype`."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    result = torch.zeros(a.shape[0], b.shape[1], dtype=dtype)
+    step = _slice_rows(a.shape[0] + b.shape[1], dtype)
+    for first in range(0, a.shape[1], step):
+        part = slice(first, first + step)
+        result.addmm_(a[:, part].to(dtype), b[part].to(dtype))
+    return result
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total`, rounded once to its type."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        # The CPU has no product of 16-bit matrices with an fp32 result: convert slice by slice.
+        b = b.to(total.dtype)
+        step = _slice_rows(a.shape[1], total.dtype)
+        for first in range(0, a.shape[0], step):
+            part = slice(first, first + step)
+            total[part].addmm_(a[part].to(total.dtype), b)
+
+
+def _slice_rows(width: int, dtype: torch.dtype) -> int:
+    """Return how many rows of `width` make 32 MiB."""
+    return max(1, 32 * MIB // (max(width, 1) * dtype.itemsize))
+
+
+def scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return gradient * scale, multiplied in fp32 and rounded once to `dtype`, slice by slice."""
+    if gradient is None or (scale is None and gradient.dtype == dtype):
+        return gradient
+    result = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    flat, out = gradient.view(-1), result.view(-1)
+    step = 16 * MIB
+    for first in range(0, len(flat), step):
+        part = flat[first : first + step].to(wide)
+        out[first : first + step] = part if scale is None else part * scale
+    return result
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> None:
+    if isinstance(weight, DTensor):
+        raise NotImplementedError(
+            "weight is a DTensor, which is not built yet: pass "
+            "weight.full_tensor(grad_placements=[Partial('avg')])"
+        )
+    if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight must be (V, {hidden.shape[-1]}) for hidden states {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    rows = hidden.shape[:-1]
+    if len(rows) not in (1, 2) or not (
+        rows == ids.shape or (1, *rows) == ids.shape or rows == (1, *ids.shape)
+    ):
+        raise ValueError(
+            f"hidden must be {(*ids.shape, 'H')} for ids {tuple(ids.shape)}, "
+            f"got {tuple(hidden.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_device(hidden.device, weight=weight, bias=bias)
+    if not hidden.is_floating_point() or weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden and weight must be of one floating-point type, got {hidden.dtype} and "
+            f"{weight.dtype}: convert one, or call under autocast"
+        )
+    if bias is not None and bias.dtype != hidden.dtype:
+        raise ValueError(f"bias must be {hidden.dtype} as hidden is, got {bias.dtype}")

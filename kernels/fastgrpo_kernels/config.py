@@ -1,0 +1,146 @@
+"""What can be asked of the loss, and what it gives back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+LossType = Literal[
+    "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gmpo"
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOLossConfig:
+    """The mathematics of the loss; how it is computed is said by the arguments of the functions.
+
+    Raises:
+        ValueError: a value is outside its range; names the field and the value.
+        NotImplementedError: the option is part of the surface but not built yet; names the field.
+    """
+
+    loss_type: LossType = "dapo"
+    """How per-token losses are clipped and averaged. `grpo`: mean over sequences of the mean over
+    their tokens (arXiv 2402.03300). `dapo`: mean over all tokens of the optimisation step
+    (2503.14476). `bnpo`: mean over the tokens of this call. `dr_grpo`: sum over tokens, divided by
+    sequences times `max_completion_length` (2503.20783)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio of each token, or of the whole sequence (GSPO, 2507.18071)."""
+    epsilon_low: float = 0.2
+    """The ratio is clipped below at 1 - epsilon_low."""
+    epsilon_high: float = 0.2
+    """The ratio is clipped above at 1 + epsilon_high (DAPO's clip-higher: 0.28)."""
+    delta: float | None = None
+    """Upper bound of the ratio in the unclipped branch (INTELLECT-2); above 1 + epsilon_high."""
+    beta: float = 0.0
+    """Weight of the KL divergence to the reference policy; at 0 the reference is never read."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL divergence (joschu.net/blog/kl-approx.html); k3 is never negative."""
+    use_bias_correction_kl: bool = False
+    """Multiply the KL estimate by the ratio (DeepSeek-V3.2). TRL's default is on, ours is off."""
+    temperature: float = 1.0
+    """Divides the logits; the temperature the completions were sampled with."""
+    logit_scale: float = 1.0
+    """Multiplies the logits before softcap and temperature (Cohere, Granite)."""
+    logit_softcap: float | None = None
+    """Cap c of c * tanh(logit / c) (Gemma)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_completion_length: int | None = None
+    """Tokens a completion may have; the constant in the denominator of `dr_grpo`."""
+    cispo_bounds: Literal["trl", "verl"] = "trl"
+    """CISPO's cap: epsilon_high itself (TRL), or [1 - epsilon_low, 1 + epsilon_high] (verl)."""
+    sapo_temperature_pos: float = 1.0
+    """SAPO's temperature where the advantage is positive."""
+    sapo_temperature_neg: float = 1.05
+    """SAPO's temperature elsewhere."""
+    vespo_k_pos: float = 2.0
+    """VESPO's exponent where the advantage is not negative."""
+    vespo_lambda_pos: float = 3.0
+    """VESPO's rate where the advantage is not negative."""
+    vespo_k_neg: float = 3.0
+    """VESPO's exponent where the advantage is negative."""
+    vespo_lambda_neg: float = 2.0
+    """VESPO's rate where the advantage is negative."""
+    gmpo_clip: float = 0.4
+    """GMPO's bound on the log-ratio of a token."""
+    skip_empty_sequences: bool = False
+    """Leave sequences without a counted token out of the number of sequences (verl)."""
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            _check(self, field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
+        for field in ("epsilon_low", "epsilon_high", "beta"):
+            _check(self, field, _at_least(getattr(self, field), 0), "a finite number, 0 or more")
+        for field in _POSITIVE:
+            value = getattr(self, field)
+            _check(self, field, _at_least(value, 0) and value > 0, "a finite number above 0")
+        _check(self, "epsilon_low", self.epsilon_low <= 1, "at most 1: ratios are never negative")
+        _check(self, "entropy_coef", math.isfinite(self.entropy_coef), "a finite number")
+        if self.delta is not None:
+            bound = 1 + self.epsilon_high
+            _check(self, "delta", self.delta > bound, f"above 1 + epsilon_high = {bound}")
+        if self.logit_softcap is not None:
+            _check(self, "logit_softcap", self.logit_softcap > 0, "above 0, or None for no cap")
+        if self.max_completion_length is not None:
+            _check(self, "max_completion_length", self.max_completion_length >= 1, "1 or more")
+        elif self.loss_type == "dr_grpo":
+            raise ValueError("loss_type='dr_grpo' divides by max_completion_length: set it")
+        for field, built in _BUILT.items():
+            if getattr(self, field) not in built:
+                raise NotImplementedError(
+                    f"{field}={getattr(self, field)!r} is not built yet; built: "
+                    + ", ".join(map(repr, built))
+                )
+
+
+@dataclass(frozen=True)
+class GRPOLossOutput:
+    """What a call returns; everything but the loss is detached."""
+
+    loss: Tensor  # 0-d fp32
+    logps: Tensor  # shape of completion_ids, fp32: log-prob of each token, 0 where masked
+    entropy: Tensor  # shape of completion_ids, fp32: entropy of each distribution, 0 where masked
+    metrics: dict[str, Tensor]  # 0-d each
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "loss_type": get_args(LossType),
+    "importance_sampling_level": ("token", "sequence"),
+    "kl_estimator": ("k1", "k2", "k3"),
+    "cispo_bounds": ("trl", "verl"),
+}
+_POSITIVE = (
+    "temperature",
+    "logit_scale",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "gmpo_clip",
+)
+# The values that work today, for the options of which not every value does.
+_BUILT: dict[str, tuple[object, ...]] = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "importance_sampling_level": ("token",),
+    "kl_estimator": ("k3",),
+    "use_bias_correction_kl": (False,),
+    "logit_scale": (1.0,),
+    "logit_softcap": (None,),
+    "entropy_coef": (0.0,),
+    "skip_empty_sequences": (False,),
+}
+
+
+def _at_least(value: float, bound: float) -> bool:
+    return math.isfinite(value) and value >= bound
+
+
+def _check(config: GRPOLossConfig, field: str, holds: bool, must_be: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} must be {must_be}, got {getattr(config, field)!r}")

@@ -1,0 +1,254 @@
+"""The loss from hidden states: a chunk loop around the matrix products and the row step.
+
+For every chunk of rows: logits into one reused buffer, the row step writes their gradient over
+them, and two more products take it to the hidden states and to the weight. The gradient is known
+when the loss is, so nothing is recomputed: 6NHV FLOPs in all, 2NHV each. Autograd's backward only
+multiplies by the upstream scalar.
+
+B sequences, T positions, N tokens (B * T, or packed), C rows of a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._backend import row_backend
+from ._head import Head, HeadGradients, RowPlan, scaled
+from ._inputs import COUNTED, Layout, LossArguments, check_device, check_ids, flat_mask, flatten
+from ._reduce import RowResults, reduce_rows
+from .config import GRPOLossConfig, GRPOLossOutput
+
+
+@torch.compiler.disable
+def linear_grpo_loss(
+    hidden: Tensor,  # (B, T, H) or packed (N, H)
+    weight: Tensor,  # (V, H)
+    completion_ids: Tensor,  # (B, T) or (N,) int64
+    advantages: Tensor,  # (B,) one a sequence, or (B, T) / (N,) one a token
+    *,
+    bias: Tensor | None = None,  # (V,)
+    method: Literal["auto", "single_pass", "recompute"] = "auto",
+    chunk_rows: int | None = None,
+    statistics: Literal["all", "active"] = "all",
+    skip_rows: bool = True,
+    fp32_logits: bool = False,
+    grad_buffer: Tensor | None = None,
+    grad_scale: float = 1.0,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+    **arguments: Unpack[LossArguments],
+) -> GRPOLossOutput:
+    """Compute the GRPO loss of an LM head, and its gradients, without the logits of all tokens.
+
+    `hidden[:, t]` predicts `completion_ids[:, t]`: the caller has shifted. The call returns its
+    share of the optimisation step's loss: the sum over micro-batches and ranks is the step's.
+
+    Args:
+        hidden: last hidden states, bf16, fp16 or fp32; strided views are fine.
+        weight: the LM head in the same type (any under autocast); a frozen one costs no product.
+        completion_ids: the tokens that were sampled.
+        advantages: may be on the CPU. A token whose advantage is 0 gets no gradient products when
+            beta is 0.
+        bias: of the LM head.
+        method: "single_pass" (6NHV); "auto" is that. "recompute" is not built yet.
+        chunk_rows: rows whose logits exist at a time; None: as many as fit the byte budget
+            (256 MiB on a CPU, 1/32 of a GPU's memory).
+        statistics: "all": log-prob and entropy of every counted token. "active": only of those
+            with a gradient; the rest is NaN, the metrics are means over the computed rows.
+        skip_rows: leave out what cannot contribute, at the price of one host synchronisation
+            (none if mask and advantages are on the CPU). False: compute every row.
+        fp32_logits: not built yet.
+        grad_buffer: not built yet.
+        grad_scale: belongs to grad_buffer.
+        backend: "triton", "torch" or "auto": Triton on a GPU.
+        **arguments: mask, log-probs, denominators, config: see `LossArguments`.
+
+    Returns:
+        The loss (differentiable to hidden, weight and bias), log-probs, entropies and metrics.
+
+    Raises:
+        ValueError: shapes, types, devices or values that do not fit; the message holds them.
+        NotImplementedError: an option that is not built yet, by name.
+    """
+    _check_choice("method", method, ("auto", "single_pass", "recompute"))
+    _check_choice("statistics", statistics, ("all", "active"))
+    _refuse_unbuilt(
+        method=method == "recompute", fp32_logits=fp32_logits, grad_buffer=grad_buffer is not None
+    )
+    if grad_scale != 1.0:
+        raise ValueError(f"grad_scale={grad_scale} belongs to grad_buffer, which was not given")
+    config = arguments.pop("config", GRPOLossConfig())
+    head = Head(hidden, weight, bias, completion_ids)
+    batch = flatten(completion_ids, advantages, head.device, config=config, **arguments)
+    check_ids(batch.ids_N, batch.mask_N, head.vocabulary)
+    row_step = row_backend(backend, head.device, head.dtype)
+    plan = RowPlan(batch, head.wants_gradient, statistics, skip_rows)
+    chunk = head.chunk_rows(chunk_rows, plan.num_computed, row_step)
+
+    rows = RowResults.zeros(
+        batch.ids_N.numel(), batch.ref_logps_N is not None, head.device, head.accumulator_dtype
+    )
+    with torch.no_grad(), torch.autocast(head.device.type, enabled=False):
+        gradients = HeadGradients(head, 1 / batch.denominator)
+        for tokens, hidden_CH, logits_CV, active in head.chunks(plan, chunk, batch.mask_N):
+            dlogits_CV = logits_CV if active else None
+            row_step.loss_rows(logits_CV, dlogits_CV, tokens, batch, rows, config)
+            if active:
+                gradients.add(tokens, logits_CV, hidden_CH)
+        if statistics == "active":
+            skipped_N = (batch.state_N == COUNTED).to(head.device)
+            rows.logps_N.masked_fill_(skipped_N, torch.nan)
+        loss, metrics = reduce_rows(
+            rows,
+            batch,
+            num_computed_rows=plan.num_computed,
+            num_gradient_rows=plan.num_gradient,
+            mean_over=plan.num_computed if statistics == "active" else None,
+        )
+        if statistics == "active":
+            rows.entropy_N.masked_fill_(skipped_N, torch.nan)
+    if head.wants_gradient:
+        loss = _KnownGradients.apply(
+            loss,
+            1 / batch.denominator,
+            head.hidden,
+            head.weight,
+            head.bias,
+            gradients.dhidden,
+            gradients.dweight_VH,
+            gradients.dbias_V,
+        )
+    shape = completion_ids.shape
+    return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
+
+
+@torch.compiler.disable
+def linear_logps(
+    hidden: Tensor,  # (B, T, H) or packed (N, H)
+    weight: Tensor,  # (V, H)
+    ids: Tensor,  # (B, T) or (N,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    mask: Tensor | None = None,  # like ids; may be on the CPU
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_rows: int | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Compute log-prob of each id and entropy of each distribution, a chunk of logits at a time.
+
+    The building block for losses that are not here: both results are differentiable to hidden,
+    weight and bias. Forward 2NHV; backward computes the logits again, 6NHV.
+
+    Args:
+        hidden: last hidden states, bf16, fp16 or fp32; `hidden[:, t]` predicts `ids[:, t]`.
+        weight: the LM head in the same type (any under autocast).
+        ids: the tokens.
+        bias: of the LM head.
+        mask: tokens that count; None: all.
+        temperature: divides the logits.
+        logit_scale: only 1 is built yet.
+        logit_softcap: only None is built yet.
+        chunk_rows: rows whose logits exist at a time; None: as many as fit the byte budget.
+        backend: "triton", "torch" or "auto".
+
+    Returns:
+        Log-probs and entropies (in nats), fp32, like `ids`, 0 where masked.
+
+    Raises:
+        ValueError: shapes, types, devices or values that do not fit; the message holds them.
+        NotImplementedError: an option that is not built yet, by name.
+    """
+    GRPOLossConfig(temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    head = Head(hidden, weight, bias, ids)
+    mask_N = flat_mask(Layout(ids), "mask", mask)
+    check_device(head.device, ids=ids)
+    tokens_K = None if mask_N is None else mask_N.nonzero()[:, 0].to(head.device)
+    mask_N = None if mask_N is None else mask_N.to(head.device)
+    check_ids(ids.reshape(-1), mask_N, head.vocabulary)
+    row_step = row_backend(backend, head.device, head.dtype)
+    num_rows = ids.numel() if tokens_K is None else len(tokens_K)
+    logps_N, entropy_N = _LinearLogps.apply(
+        head.hidden,
+        head.weight,
+        head.bias,
+        ids.reshape(-1),
+        tokens_K,
+        temperature,
+        head.chunk_rows(chunk_rows, num_rows, row_step),
+        row_step,
+    )  # pyright: ignore[reportGeneralTypeIssues]
+    return logps_N.view(ids.shape), entropy_N.view(ids.shape)
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients were computed with it; backward scales them by the upstream."""
+
+    @staticmethod
+    def forward(ctx, loss, scale, hidden, weight, bias, dhidden, dweight_VH, dbias_V):
+        ctx.save_for_backward(scale, dhidden, dweight_VH, dbias_V)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        scale, dhidden, dweight_VH, dbias_V = ctx.saved_tensors
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None,
+            None,
+            scaled(dhidden, upstream, hidden_dtype),
+            scaled(dweight_VH, upstream * scale, weight_dtype),
+            scaled(dbias_V, upstream * scale, bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids_N, tokens_K, temperature, chunk, row_step):
+        ctx.save_for_backward(hidden, weight, bias, ids_N, tokens_K)
+        ctx.options = temperature, chunk, row_step
+        head = Head(hidden, weight, bias, None)
+        logps_N = torch.zeros(ids_N.shape, device=head.device, dtype=head.accumulator_dtype)
+        entropy_N = torch.zeros_like(logps_N)
+        with torch.autocast(head.device.type, enabled=False):
+            for tokens, _, logits_CV in head.chunks_of(tokens_K, chunk):
+                row_step.logps_rows(logits_CV, tokens, ids_N, None, temperature, logps_N, entropy_N)
+        return logps_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogps_N, dentropy_N):
+        hidden, weight, bias, ids_N, tokens_K = ctx.saved_tensors
+        temperature, chunk, row_step = ctx.options
+        head = Head(hidden, weight, bias, None, ctx.needs_input_grad[:3])
+        gradients = HeadGradients(head, None)
+        dlogps_N, dentropy_N = dlogps_N.contiguous(), dentropy_N.contiguous()
+        with torch.autocast(head.device.type, enabled=False):
+            for tokens, hidden_CH, logits_CV in head.chunks_of(tokens_K, chunk):
+                row_step.dlogits_rows(
+                    logits_CV, logits_CV, tokens, ids_N, None, temperature, dlogps_N, dentropy_N
+                )
+                gradients.add(tokens, logits_CV, hidden_CH)
+        dweight = scaled(gradients.dweight_VH, None, weight.dtype)
+        dbias = None if bias is None else scaled(gradients.dbias_V, None, bias.dtype)
+        return gradients.dhidden, dweight, dbias, None, None, None, None, None
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _refuse_unbuilt(**asked_for: bool) -> None:
+    for name, asked in asked_for.items():
+        if asked:
+            raise NotImplementedError(f"{name} is not built yet: leave it at its default")

@@ -1,0 +1,25 @@
+"""Without a GPU the Triton kernels run in its interpreter, which must be asked for before import."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Matrices this small are slower on several threads; and uninitialised memory must show.
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if HAS_GPU else "cpu"
