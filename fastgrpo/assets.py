@@ -1,0 +1,98 @@
+"""What a run starts from: a model, its tokenizer and prompts, loaded by name or made by a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import ConfigError, TrainConfig
+from .data import encode_prompt, load_prompts
+from .model import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assets:
+    """Give these to `Trainer` to train your own objects."""
+
+    model: PreTrainedModel
+    """A causal LM, in fp32."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer."""
+    train_dataset: Dataset
+    """Has a column `prompt`; the other columns go to the reward functions."""
+    test_dataset: Dataset | None = None
+    """Measured before and after training, never trained on."""
+    validation_dataset: Dataset | None = None
+    """What the accuracy that ends the warm start is measured on."""
+    warm_start: Callable[[Callable[[], float]], int] | None = None
+    """Teaches the untrained model of a task until the accuracy it is given a measure of is enough;
+    returns the number of steps it took."""
+
+
+def load_assets(config: TrainConfig) -> Assets:
+    """Load what the configuration names, or make what its task needs.
+
+    Raises:
+        ValueError: something does not exist or does not fit; the message says what to do.
+    """
+    if config.task is not None:
+        return _arithmetic(config)
+    for name in ("model_name_or_path", "dataset_name"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name}: required (or set task: arithmetic)")
+    load_split = partial(
+        load_prompts,
+        str(config.dataset_name),
+        config_name=config.dataset_config,
+        prompt_column=config.prompt_column,
+    )
+    train_dataset = load_split(split=config.dataset_train_split)
+    test_split, test_dataset = config.dataset_test_split, None
+    if test_split is not None:
+        test_dataset = load_split(split=test_split)
+        if config.max_eval_samples is not None:
+            count = min(config.max_eval_samples, len(test_dataset))
+            test_dataset = test_dataset.select(range(count))
+    tokenizer = load_tokenizer(str(config.model_name_or_path))
+    # A prompt that cannot be encoded should not wait for the model to be loaded.
+    encode_prompt(train_dataset[0]["prompt"], tokenizer, system_prompt=config.system_prompt)
+    model = load_model(
+        str(config.model_name_or_path), attn_implementation=config.attn_implementation
+    )
+    return Assets(
+        model=model, tokenizer=tokenizer, train_dataset=train_dataset, test_dataset=test_dataset
+    )
+
+
+def _arithmetic(config: TrainConfig) -> Assets:
+    from .tasks import arithmetic
+
+    tokenizer = arithmetic.build_tokenizer()
+    model = arithmetic.build_model(tokenizer, config.seed)
+    datasets = arithmetic.build_dataset()
+
+    def warm_start(accuracy: Callable[[], float]) -> int:
+        return arithmetic.warm_start(
+            model,
+            tokenizer,
+            datasets["train"],
+            accuracy,
+            gate=config.warm_start_accuracy,
+            seed=config.seed,
+        )
+
+    return Assets(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=datasets["train"],
+        test_dataset=datasets["test"],
+        validation_dataset=datasets["validation"],
+        warm_start=warm_start,
+    )

@@ -1,0 +1,245 @@
+"""Prompts: where they come from, how they become token ids, in what order they are visited.
+
+A dataset row is one prompt, with any other columns for the reward functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_prompts(
+    dataset_name: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    prompt_column: str = "prompt",
+) -> Dataset:
+    """Load the rows to train or to be tested on, checked, with a `prompt` column.
+
+    Args:
+        dataset_name: a name on the Hugging Face Hub, a .jsonl, .json, .csv or .parquet file, or a
+            folder (made by `save_to_disk`, or of data files).
+        split: for example "train"; a single file is all "train".
+        config_name: the configuration of a Hub dataset, for example "main" for GSM8K.
+        prompt_column: the column that is renamed to `prompt` (GSM8K: "question").
+
+    Returns:
+        The dataset; every `prompt` is a non-empty string or a non-empty list of messages
+        `{"role": str, "content": str}`.
+
+    Raises:
+        FileNotFoundError: `dataset_name` looks like a path and nothing is there.
+        ValueError: the file does not parse, the split or the column is not there, there are no
+            rows, or a prompt is neither of the two kinds; the message names which.
+        ImportError: the package `datasets` is missing.
+    """
+    datasets = _datasets()
+    path = Path(dataset_name).expanduser()
+    if path.is_file():
+        dataset = _load_file(datasets, path, split)
+    elif _is_saved_dataset(path):
+        dataset = _load_saved(datasets, path, split)
+    elif not path.exists() and (path.suffix in FORMATS or dataset_name[:1] in {".", "/", "~"}):
+        raise FileNotFoundError(
+            f"dataset {dataset_name!r} looks like a path but nothing is there; "
+            f"it is looked up from the working directory {str(Path.cwd())!r}"
+        )
+    else:
+        try:
+            dataset = datasets.load_dataset(dataset_name, config_name, split=split)
+        except ValueError as error:
+            raise ValueError(
+                f"dataset {dataset_name!r} with config {config_name!r} and split {split!r} "
+                f"did not load: {error}"
+            ) from error
+    return _checked(dataset, dataset_name, prompt_column)
+
+
+def _datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise ImportError(
+            "reading prompts needs the package datasets: pip install datasets"
+        ) from error
+
+
+def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
+    if path.suffix not in FORMATS:
+        raise ValueError(
+            f"dataset file {str(path)!r} has the unknown extension {path.suffix!r}; "
+            f"use one of {', '.join(FORMATS)}"
+        )
+    if split != "train":
+        raise ValueError(
+            f"dataset file {str(path)!r} is one split, 'train', so split {split!r} does not exist; "
+            "put the other rows in a file of their own"
+        )
+    try:
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))["train"]
+    # Each format has a parser with errors of its own; all of them are about this file.
+    except Exception as error:
+        raise ValueError(
+            f"dataset file {str(path)!r} is empty or does not parse as {path.suffix[1:]}; "
+            f"put one prompt in each row ({error.__cause__ or error!r})"
+        ) from error
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _load_saved(datasets: Any, path: Path, split: str) -> Dataset:
+    saved: Any = datasets.load_from_disk(str(path))
+    splits: Any = saved
+    if isinstance(saved, datasets.Dataset):
+        splits = {str(saved.split or "train"): saved}
+    if split not in splits:
+        raise ValueError(
+            f"dataset folder {str(path)!r} has no split {split!r}; it has {', '.join(splits)}"
+        )
+    return splits[split]
+
+
+def _checked(dataset: Any, name: str, prompt_column: str) -> Dataset:
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {name!r} is empty; it needs at least one row")
+    columns: list[str] = dataset.column_names
+    if prompt_column not in columns:
+        likely = [c for c in ("question", "problem", "query", "instruction") if c in columns]
+        remedy = f"name the column of the prompts, prompt_column={(likely or columns)[0]!r}"
+        raise ValueError(
+            f"dataset {name!r} has no column {prompt_column!r} but {', '.join(columns)}; {remedy}"
+        )
+    if prompt_column != "prompt":
+        if "prompt" in columns:
+            dataset = dataset.remove_columns("prompt")
+        dataset = dataset.rename_column(prompt_column, "prompt")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not _is_prompt(prompt):
+            raise ValueError(
+                f"row {row} of dataset {name!r} has the prompt {prompt!r:.80}; a prompt is a "
+                'non-empty string or a non-empty list of messages {"role": ..., "content": ...}'
+            )
+    return dataset
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return prompt != ""
+    if not isinstance(prompt, list) or not prompt:
+        return False
+    return all(
+        isinstance(message, Mapping)
+        and isinstance(cast("Mapping[str, Any]", message).get("role"), str)
+        and isinstance(cast("Mapping[str, Any]", message).get("content"), str)
+        for message in cast("list[Any]", prompt)
+    )
+
+
+def encode_prompt(
+    prompt: str | list[dict[str, Any]], tokenizer: Any, *, system_prompt: str | None = None
+) -> list[int]:
+    """Return the token ids of a prompt, up to where the completion starts.
+
+    Args:
+        prompt: a string is tokenized as it is; messages go through the chat template.
+        tokenizer: a transformers tokenizer.
+        system_prompt: put in front as a system message (a string then becomes the user message),
+            unless the messages start with one of their own.
+
+    Raises:
+        ValueError: the chat template is needed and missing, or there is no token at all.
+    """
+    if system_prompt is not None:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        prompt = messages
+    if isinstance(prompt, str):
+        # Text that was rendered before brings its own beginning-of-sequence token.
+        rendered = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not rendered)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise ValueError(
+            "a prompt of messages or a system prompt needs a chat template and this tokenizer has "
+            "none; set tokenizer.chat_template, or use string prompts without a system prompt"
+        )
+    else:
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"the prompt {prompt!r:.80} encodes to no token; a model needs one to start"
+        )
+    return list(ids)
+
+
+class PromptSampler:
+    """An endless order over row indices: every epoch visits every row once.
+
+    The order depends on (num_rows, seed, epoch) alone, so that (epoch, index) is all the state.
+
+    Args:
+        num_rows: rows of the dataset.
+        seed: of the permutations.
+        shuffle: a fresh permutation every epoch; otherwise the order of the dataset.
+    """
+
+    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+        self._num_rows, self._seed, self._shuffle = num_rows, seed, shuffle
+        self._start(0, 0)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the dataset so far, 1.5 in the middle of the second."""
+        return self._epoch + self._index / self._num_rows
+
+    def take(self, n: int) -> list[int]:
+        """Return the next `n` row indices; those of two epochs may meet in one call."""
+        taken: list[int] = []
+        while len(taken) < n:
+            if self._index == self._num_rows:
+                self._start(self._epoch + 1, 0)
+            stop = min(self._index + n - len(taken), self._num_rows)
+            taken += self._order[self._index : stop]
+            self._index = stop
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position, plain integers."""
+        return {"epoch": self._epoch, "index": self._index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a position that `state_dict` returned."""
+        if not 0 <= state["index"] <= self._num_rows:
+            raise ValueError(
+                f"the saved position is row {state['index']} but there are {self._num_rows} rows; "
+                "resume with the dataset of the saved run"
+            )
+        self._start(state["epoch"], state["index"])
+
+    def _start(self, epoch: int, index: int) -> None:
+        self._epoch, self._index = epoch, index
+        self._order: list[int] = list(range(self._num_rows))
+        if self._shuffle:
+            # A hash, since seed + epoch would give seed 1 the second epoch of seed 0.
+            digest = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+            permutation: Any = torch.randperm(self._num_rows, generator=generator)
+            self._order = permutation.tolist()

@@ -1,0 +1,162 @@
+"""The policy: a Hugging Face causal LM cut into its body and its head.
+
+For training the body runs to its last hidden state and the head's weight goes to the fused loss:
+the logits of a batch never exist.
+
+B sequences, L positions (prompt and completion), H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# Where model configurations keep what is applied to logits after the head's product.
+_LOGIT_OPTIONS = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+    "logits_scale",
+)
+
+
+def load_model(name: str, *, attn_implementation: str) -> PreTrainedModel:
+    """Load a causal LM in fp32 from a directory or the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded; says why.
+    """
+    return _load(
+        AutoModelForCausalLM, name, dtype=torch.float32, attn_implementation=attn_implementation
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model from a directory or the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded; says why.
+    """
+    return _load(AutoTokenizer, name)
+
+
+def _load(auto_class, name: str, **options):
+    local = name.startswith((".", "/", "~")) or Path(name).exists()
+    path = Path(name).expanduser()
+    if local and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model_name_or_path: {name} is not a model directory: it has no config.json; "
+            "save one with model.save_pretrained and tokenizer.save_pretrained"
+        )
+    try:
+        return auto_class.from_pretrained(str(path) if local else name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {reason}") from error
+
+
+class Policy:
+    """A causal LM and the few things GRPO asks of it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, bf16: bool):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bf16 = bf16
+        self.device = next(model.parameters()).device
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        # Padding is masked everywhere, so any id will do.
+        self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
+        check_head(model)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of every forward pass: bf16 products, or nothing."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the body: (B, L) ids and mask to (B, L, H) last hidden states."""
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        decoder = self.model.get_decoder()
+        return decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, H) weight of the LM head; the embedding's own when they are tied."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """(V,) bias of the LM head."""
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    def frozen_copy(self) -> Policy:
+        """Return a copy that is never trained: the reference of the KL term."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return Policy(model, self.tokenizer, bf16=self.bf16)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in backward; transformers 5.23 renamed the switch."""
+        model = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than `hidden @ weight.T + bias`.
+
+    Raises:
+        ValueError: what the fused loss would compute is not what the model computes.
+    """
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name} has no LM head: a causal language model is needed")
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device)[None] % head.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        ours = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+        config = model.config.get_text_config()
+        found = [
+            f"{option} = {getattr(config, option)}"
+            for option in _LOGIT_OPTIONS
+            if getattr(config, option, None) not in (None, 1, 1.0)
+        ]
+        raise ValueError(
+            f"the logits of {name} are not hidden @ weight.T + bias "
+            f"({', '.join(found) or 'something else is applied'}): such heads are not built yet"
+        )
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all ids that end a completion: the generation config's and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    found = sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+    if not found:
+        raise ValueError(
+            "neither the tokenizer nor the generation config has an end-of-sequence token: "
+            "set tokenizer.eos_token"
+        )
+    return found

@@ -1,0 +1,102 @@
+"""The files of a run: configuration, metrics, completions, summary and curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import TrainConfig
+from .metrics import MetricsWriter, read_metrics
+from .report import save_curves
+
+
+class RunDirectory:
+    """A directory that belongs to one run, and what is written into it."""
+
+    def __init__(self, config: TrainConfig, name: str) -> None:
+        """Make the directory, `config.output_dir` or a new one under `runs/`.
+
+        Raises:
+            ValueError: the directory holds something: a run is never overwritten.
+        """
+        self.path = _create(config.output_dir, name)
+        self._metrics = MetricsWriter(self.path / "metrics.jsonl")
+        self._write("config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
+
+    def add_metrics(self, metrics: dict[str, Any]) -> None:
+        """Append a step's line to metrics.jsonl."""
+        self._metrics.write(metrics)
+
+    def add_completions(
+        self,
+        step: int,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        rewards: dict[str, list[float]],
+        advantages: list[float],
+    ) -> None:
+        """Append completions, their rewards and advantages to completions.jsonl."""
+        with open(self.path / "completions.jsonl", "a", encoding="utf-8") as file:
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+                line = {
+                    "step": step,
+                    "prompt": prompt,
+                    "completion": completion,
+                    "rewards": {
+                        name: None if math.isnan(values[i]) else values[i]
+                        for name, values in rewards.items()
+                    },
+                    "advantage": advantages[i],
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def finish(self, accuracy_key: str, **summary: Any) -> dict[str, Any]:
+        """Write curves.png and summary.json; return what the summary holds."""
+        metrics = read_metrics(self.path / "metrics.jsonl")
+        save_curves(
+            metrics, self.path / "curves.png", title=self.path.name, accuracy_key=accuracy_key
+        )
+        summary |= {"final_metrics": metrics[-1], "versions": _versions()}
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _write(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text, encoding="utf-8")
+
+
+def _create(output_dir: str | None, name: str) -> Path:
+    if output_dir is not None:
+        path = Path(output_dir).expanduser()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(
+                f"output_dir: {path} exists and is not an empty directory; choose another name, "
+                "or remove it if that run is not needed"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for attempt in range(1, 1000):
+        path = Path("runs", stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError(f"runs/{stem} and 998 variants of it exist: set output_dir")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("fastgrpo", "torch", "triton", "transformers", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,317 @@
+"""The loop: sample, score, compare within the group, fused loss, step, log.
+
+Left out on purpose: several GPUs, asynchronous rollouts, resuming. A run goes from its first step
+to its last on one device.
+
+P prompts, G completions a prompt, B = P * G completions, K reward functions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .advantages import Advantages, group_advantages
+from .assets import Assets, load_assets
+from .batch import Batch, make_batch
+from .checkpoint import save_checkpoint
+from .config import TrainConfig
+from .console import Console
+from .data import PromptSampler, encode_prompt
+from .evaluate import evaluate
+from .loss import batch_logps, batch_loss, sampling_difference
+from .metrics import StepMetrics, peak_memory_gib
+from .model import Policy
+from .optim import build_optimizer, clip_gradients
+from .rewards import Reward, decode_completions, load_rewards, score
+from .rollout import SamplingParams
+from .rollout.static import StaticCacheRollout
+from .run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Trainer:
+    """GRPO on one device: prompts in, a trained model out."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        assets: Assets | None = None,
+        *,
+        run_name: str = "train",
+        console: Console | None = None,
+    ) -> None:
+        """Load everything, check it, and only then make the run directory.
+
+        Args:
+            config: the run.
+            assets: your own model, tokenizer and prompts; None: what the configuration names.
+            run_name: how a new directory under `runs/` is called.
+            console: where progress is shown.
+
+        Raises:
+            ValueError: something does not exist or does not fit; the message says what to do.
+        """
+        if config.cpu_threads is not None:
+            torch.set_num_threads(config.cpu_threads)
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.console = console or Console(logging_steps=config.logging_steps)
+        self.rewards = load_rewards(config.reward_funcs, config.reward_weights)
+        self.assets = assets = assets or load_assets(config)
+        self.train_dataset, self.test_dataset = assets.train_dataset, assets.test_dataset
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bf16 = config.bf16
+        if bf16 is None:
+            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        model = assets.model.to(device)
+        self.policy = Policy(model, assets.tokenizer, bf16=bf16)
+        if config.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
+        self.reference = self.policy.frozen_copy() if config.loss.beta > 0 else None
+        self.rollout = StaticCacheRollout(
+            model,
+            eos_token_ids=self.policy.eos_token_ids,
+            pad_token_id=self.policy.pad_token_id,
+        )
+        self.sampling = SamplingParams(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+        self.prompts = PromptSampler(len(self.train_dataset), config.seed)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.num_steps = _num_steps(config, len(self.train_dataset))
+        self.optimizer, self.scheduler = build_optimizer(model, config, self.num_steps)
+        self.tokens_seen = 0
+
+        self.run = RunDirectory(config, run_name)
+
+    def train(self) -> dict[str, Any]:
+        """Run all steps and return what `summary.json` holds."""
+        start = time.perf_counter()
+        with self.console:
+            self.warm_start()
+            before = self.test_accuracy("before")
+            self.console.phase("train", self.num_steps)
+            step = 0
+            while step < self.num_steps:
+                times: dict[str, float] = {}
+                batch, metrics = self.collect(step + 1, times)
+                for _ in range(min(self.config.num_iterations, self.num_steps - step)):
+                    step += 1
+                    self.log(step, metrics | self.optimise(step, batch, times), times)
+                    if self.config.save_steps and step % self.config.save_steps == 0:
+                        self.save(self.run.path / "checkpoints" / f"step-{step}")
+                    times = {}
+            self.save(self.run.path / "final")
+            after = self.test_accuracy("after")
+        return self.finish(before, after, time.perf_counter() - start)
+
+    def warm_start(self) -> None:
+        """Teach the untrained model of a task until GRPO has something to reinforce."""
+        validation = self.assets.validation_dataset
+        if self.assets.warm_start is None or validation is None:
+            return
+        self.console.phase("warm start", None)
+        steps = self.assets.warm_start(lambda: self.measure(validation, self.config.temperature))
+        self.console.message(f"warm start: {steps} supervised steps")
+
+    def collect(self, step: int, times: dict[str, float]) -> tuple[Batch, dict[str, float]]:
+        """Sample completions of the next prompts, score them and compare them in their groups."""
+        config, tokenizer = self.config, self.policy.tokenizer
+        rows = self.train_dataset[self.prompts.take(config.prompts_per_step)]
+        columns = {
+            name: [value for value in values for _ in range(config.num_generations)]
+            for name, values in rows.items()
+        }
+        prompts = columns.pop("prompt")
+        with _timed(times, "generate"), self.policy.autocast():
+            prompt_ids = [
+                encode_prompt(prompt, tokenizer, system_prompt=config.system_prompt)
+                for prompt in rows["prompt"]
+            ]
+            completions = self.rollout.generate(
+                prompt_ids, config.num_generations, self.sampling, self.generator
+            )
+        with _timed(times, "reward"):
+            token_lists = completions.token_lists()
+            texts = decode_completions(prompts, token_lists, tokenizer)
+            rewards_BK = score(
+                self.rewards,
+                prompts=prompts,
+                completions=texts,
+                completion_ids=token_lists,
+                columns=columns,
+            )
+            advantages = group_advantages(
+                rewards_BK,
+                torch.tensor([reward.weight for reward in self.rewards]),
+                config.num_generations,
+                scale_rewards=config.scale_rewards,
+                std=config.advantage_std,
+                advantage_eps=config.advantage_eps,
+            )
+        batch = make_batch(prompt_ids, completions, advantages.advantages, self.policy.pad_token_id)
+        with _timed(times, "logps"):
+            self.add_logps(batch)
+        self.tokens_seen += sum(batch.prompt_lengths) + batch.num_completion_tokens
+        if step == 1 or step % config.logging_steps == 0:
+            some = slice(config.num_completions_to_log)
+            self.run.add_completions(
+                step,
+                prompts[some],
+                texts[some],
+                {r.name: rewards_BK[some, k].tolist() for k, r in enumerate(self.rewards)},
+                advantages.advantages[some].tolist(),
+            )
+        finished = completions.finished.float().mean().item()
+        return batch, _rollout_metrics(self.rewards, rewards_BK, advantages, batch, finished)
+
+    def add_logps(self, batch: Batch) -> None:
+        """Add the log-probs the loss will need beside the policy's own."""
+        size, temperature = self.config.per_device_train_batch_size, self.config.temperature
+        if self.config.num_iterations > 1:
+            batch.old_logps = batch_logps(self.policy, batch, size, temperature)
+        if self.reference is not None:
+            batch.ref_logps = batch_logps(self.reference, batch, size, temperature)
+
+    def optimise(self, step: int, batch: Batch, times: dict[str, float]) -> dict[str, float]:
+        """Take one optimisation step on a batch, a micro-batch at a time."""
+        totals = StepMetrics()
+        with _timed(times, "train"):
+            self.policy.model.train()
+            for micro in batch.split(self.config.per_device_train_batch_size):
+                output = batch_loss(
+                    self.policy,
+                    micro,
+                    self.config.loss,
+                    num_items_in_batch=batch.num_completion_tokens,
+                    num_sequences_in_batch=len(batch),
+                )
+                output.loss.backward()
+                report = {"loss": output.loss, **sampling_difference(output.logps, micro)}
+                totals.add(output.metrics | report, weight=micro.num_completion_tokens)
+            grad_norm = clip_gradients(self.policy.model, self.config.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise RuntimeError(
+                    f"step {step}: the norm of the gradient is {grad_norm}; the weights are those "
+                    f"of step {step - 1}. Lower learning_rate, or look at the rewards of this step "
+                    f"in {self.run.path / 'completions.jsonl'}"
+                )
+            learning_rate = self.scheduler.get_last_lr()[0]
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        return totals.result() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def log(self, step: int, metrics: dict[str, float], times: dict[str, float]) -> None:
+        """Write a step's line to metrics.jsonl and show it."""
+        seconds = sum(times.values())
+        metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
+        metrics |= {f"time/{name}": value for name, value in times.items()}
+        metrics["tokens_per_second"] = metrics.pop("completions/tokens") / seconds
+        metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
+        self.run.add_metrics(metrics)
+        self.console.step(metrics)
+
+    def test_accuracy(self, when: str) -> dict[str, float]:
+        """Return the first reward function's mean on the test split, greedy and sampled."""
+        if self.test_dataset is None:
+            return {}
+        self.console.phase(f"test {when} training", None)
+        return {
+            "greedy": self.measure(self.test_dataset, 0.0),
+            "sampled": self.measure(self.test_dataset, self.config.temperature),
+        }
+
+    def measure(self, dataset: Dataset, temperature: float) -> float:
+        """Return the first reward function's mean on a dataset, one completion a prompt."""
+        return evaluate(
+            self.policy,
+            self.rollout,
+            dataset,
+            self.rewards[0],
+            SamplingParams(
+                max_completion_length=self.config.max_completion_length, temperature=temperature
+            ),
+            batch_size=self.config.completions_per_step,
+            system_prompt=self.config.system_prompt,
+            seed=self.config.seed,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a Hugging Face checkpoint."""
+        save_checkpoint(path, self.policy.model, self.policy.tokenizer)
+
+    def finish(
+        self, before: dict[str, float], after: dict[str, float], seconds: float
+    ) -> dict[str, Any]:
+        """Write the summary and show what was reached."""
+        judge = self.rewards[0].name
+        summary = {"steps": self.num_steps, "seconds": seconds, "num_tokens": self.tokens_seen}
+        if before:
+            summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
+            self.console.table(
+                f"{judge} on the {len(self.test_dataset or [])} prompts of the test split",
+                ["decoding", "before", "after", "change"],
+                [
+                    [how, f"{b:.1%}", f"{a:.1%}", f"{100 * (a - b):+.1f} points"]
+                    for how, b, a in ((how, before[how], after[how]) for how in before)
+                ],
+            )
+        summary = self.run.finish(f"rewards/{judge}/mean", **summary)
+        self.console.message(f"run directory: {self.run.path}")
+        return summary
+
+
+def _rollout_metrics(
+    rewards: list[Reward],
+    rewards_BK: Tensor,
+    advantages: Advantages,
+    batch: Batch,
+    finished: float,
+) -> dict[str, float]:
+    """Return what is known of a batch before training on it, named as TRL names it."""
+    lengths = torch.tensor(batch.completion_lengths, dtype=torch.float32)
+    metrics = {
+        "reward": advantages.rewards.nanmean().item(),
+        "reward_std": advantages.group_std.mean().item(),
+        "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
+        "advantages/mean": advantages.advantages.mean().item(),
+        "advantages/std": advantages.advantages.std().item(),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - finished,
+        "completions/tokens": batch.num_completion_tokens,
+    }
+    for k, reward in enumerate(rewards):
+        judged = rewards_BK[:, k][~rewards_BK[:, k].isnan()]
+        metrics[f"rewards/{reward.name}/mean"] = judged.mean().item()
+        metrics[f"rewards/{reward.name}/std"] = judged.std().item()
+    return metrics
+
+
+def _num_steps(config: TrainConfig, num_prompts: int) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = config.num_train_epochs * num_prompts / config.prompts_per_step
+    return max(1, math.ceil(batches) * config.num_iterations)
+
+
+@contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start

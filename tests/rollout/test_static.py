@@ -1,0 +1,388 @@
+"""The static-cache rollout against `generate` and against plain forward passes."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fastgrpo.rollout import Completions, SamplingParams
+from fastgrpo.rollout.static import StaticCacheRollout, _Decoder
+
+PAD = 0
+PROMPTS = [[5, 9, 2], [7, 1, 8, 2, 8, 1, 8], [3], [250, 17, 99, 4, 6]]
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+NO_EOS = dict(eos_token_ids=[], pad_token_id=PAD)
+
+
+def tiny(config_class=Qwen3Config, attention="sdpa", **overrides):
+    options = dict(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=PAD,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(
+            config_class(**options | overrides), attn_implementation=attention, dtype=torch.float32
+        ).eval()
+
+
+def greedy(n):
+    return SamplingParams(max_completion_length=n, temperature=0)
+
+
+def generate_greedily(model, prompt, n, eos=None):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=n,
+        eos_token_id=eos,
+        pad_token_id=PAD,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def forward_logps(model, prompt, completion, temperature):
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
+    return (logits / temperature).log_softmax(-1)
+
+
+def rows(result: Completions, num_generations):
+    """Return each completion with the prompt it belongs to."""
+    for i, completion in enumerate(result.token_lists()):
+        yield i, PROMPTS[i // num_generations], completion
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_what_generate_gives(family, tied):
+    model = tiny(FAMILIES[family], tie_word_embeddings=tied)
+    result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 2, greedy(10))
+    expected = [generate_greedily(model, prompt, 10) for prompt in PROMPTS for _ in range(2)]
+    assert result.token_lists() == expected
+    assert not result.finished.any()
+    for i, prompt, completion in rows(result, 2):
+        logps = forward_logps(model, prompt, completion, 1.0)
+        torch.testing.assert_close(result.logps[i], logps.max(-1).values, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_completion_ends_with_its_first_eos(family, pad_is_eos):
+    model = tiny(FAMILIES[family])
+    free = [generate_greedily(model, prompt, 10) for prompt in PROMPTS]
+    eos = [free[0][3], free[1][5]]
+    pad = eos[0] if pad_is_eos else PAD
+    result = StaticCacheRollout(model, eos_token_ids=eos, pad_token_id=pad).generate(
+        PROMPTS, 1, greedy(10)
+    )
+    expected = [generate_greedily(model, prompt, 10, eos) for prompt in PROMPTS]
+    ended = [[t for t in range(10) if ids[t] in eos] for ids in free]
+    lengths = [hits[0] + 1 if hits else 10 for hits in ended]
+    assert result.token_lists() == [ids[:n] for ids, n in zip(free, lengths, strict=True)]
+    assert [ids[:n] for ids, n in zip(expected, lengths, strict=True)] == result.token_lists()
+    assert result.finished.tolist() == [bool(hits) for hits in ended]
+    assert result.mask.sum(1).tolist() == lengths
+    assert result.ids.shape[1] == max(lengths)
+    assert (result.ids[~result.mask] == pad).all()
+    assert (result.logps[~result.mask] == 0).all()
+    assert (result.logps[result.mask] < 0).all()
+
+
+def test_decoding_stops_when_all_have_ended():
+    model = tiny()
+    ids = generate_greedily(model, PROMPTS[0], 4)
+    fed = count_embedded(model)
+    rollout = StaticCacheRollout(model, eos_token_ids=[ids[2]], pad_token_id=PAD)
+    result = rollout.generate(PROMPTS[:1], 3, greedy(40))
+    length = ids.index(ids[2]) + 1
+    assert result.token_lists() == [ids[:length]] * 3
+    assert sum(fed) == len(PROMPTS[0]) + 3 * (length - 1)
+
+
+@pytest.mark.parametrize(
+    "config_class, overrides",
+    [
+        (Gemma2Config, dict(sliding_window=4, attn_logit_softcapping=None)),
+        (MistralConfig, dict(sliding_window=4)),
+    ],
+    ids=["mixed", "every layer"],
+)
+def test_windows_shorter_than_the_sequence(config_class, overrides):
+    model = tiny(config_class, **overrides)
+    result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 1, greedy(10))
+    assert result.token_lists() == [generate_greedily(model, prompt, 10) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_other_attentions_decode_the_same_and_come_back(attention):
+    expected = StaticCacheRollout(tiny(), **NO_EOS).generate(PROMPTS, 1, greedy(10))
+    model = tiny(attention=attention)
+    result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 1, greedy(10))
+    assert result.token_lists() == expected.token_lists()
+    torch.testing.assert_close(result.logps, expected.logps, atol=5e-5, rtol=1e-5)
+    assert model.config._attn_implementation == attention
+
+
+def test_autocast_keeps_the_cache_in_bf16():
+    model = tiny(initializer_range=0.05)
+    kinds = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: kinds.append(
+            kwargs["past_key_values"].layers[0].dtype
+        ),
+        with_kwargs=True,
+    )
+    sampling = SamplingParams(max_completion_length=6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 2, sampling)
+        assert kinds == [torch.bfloat16] * 6
+        for i, prompt, completion in rows(result, 2):
+            logps = forward_logps(model, prompt, completion, 1.0)
+            expected = logps.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+            torch.testing.assert_close(result.logps[i], expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.9, 0), (1.0, 5), (0.9, 5), (0.3, 300)])
+def test_logps_cover_the_vocabulary_and_tokens_stay_in_the_set(top_p, top_k):
+    model, temperature = tiny(), 0.7
+    sampling = SamplingParams(
+        max_completion_length=8, temperature=temperature, top_p=top_p, top_k=top_k
+    )
+    generator = torch.Generator().manual_seed(1)
+    result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 8, sampling, generator)
+    outside = 0
+    for i, prompt, completion in rows(result, 8):
+        logps_TV = forward_logps(model, prompt, completion, temperature)
+        drawn_T = logps_TV.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(result.logps[i], drawn_T, atol=5e-5, rtol=1e-5)
+        for logps_V, drawn in zip(logps_TV, drawn_T, strict=True):
+            likelier_V = logps_V > drawn + 1e-4
+            kept_V = logps_V.topk(top_k or len(logps_V)).values.exp()
+            mass = logps_V[likelier_V].exp().sum() / kept_V.sum()
+            outside += int(mass >= top_p + 1e-4 or (top_k and likelier_V.sum() >= top_k))
+    assert outside == 0
+
+
+def test_one_candidate_is_greedy():
+    rollout = StaticCacheRollout(tiny(), **NO_EOS)
+    expected = rollout.generate(PROMPTS, 2, greedy(8)).token_lists()
+    for truncated in (dict(top_k=1), dict(top_p=1e-6)):
+        sampling = SamplingParams(max_completion_length=8, temperature=1.5, **truncated)
+        assert rollout.generate(PROMPTS, 2, sampling).token_lists() == expected
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (1.0, 6), (0.8, 0), (0.8, 6)])
+def test_frequencies_are_the_probabilities(top_p, top_k):
+    model = tiny(vocab_size=16, initializer_range=0.15)
+    draws, prompt = 20_000, [3, 1, 4]
+    sampling = SamplingParams(max_completion_length=1, temperature=1.3, top_p=top_p, top_k=top_k)
+    generator = torch.Generator().manual_seed(0)
+    result = StaticCacheRollout(model, **NO_EOS).generate([prompt], draws, sampling, generator)
+    probs = forward_logps(model, prompt, [0], 1.3)[0].exp().double()
+    order = probs.argsort(descending=True)[: top_k or None]
+    kept = probs[order] / probs[order].sum()
+    before = torch.cat([torch.zeros(1).double(), kept.cumsum(0)[:-1]])
+    order, kept = order[before < top_p], kept[before < top_p] / kept[before < top_p].sum()
+    assert len(order) > 3
+    counts = torch.bincount(result.ids[:, 0], minlength=16)[order]
+    assert counts.sum() == draws
+    expected = kept * draws
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    freedom = len(order) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_a_seed_fixes_the_completions():
+    rollout = StaticCacheRollout(tiny(), **NO_EOS)
+    sampling = SamplingParams(max_completion_length=8)
+    first, again, other = (
+        rollout.generate(PROMPTS, 4, sampling, torch.Generator().manual_seed(seed)).ids
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len({tuple(ids) for ids in first.tolist()}) == 16
+    state = torch.get_rng_state()
+    rollout.generate(PROMPTS, 1, sampling, torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def count_embedded(model):
+    """Count the tokens of each pass through the embedding, as they come."""
+    fed = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: fed.append(args[0].numel())
+    )
+    return fed
+
+
+@pytest.mark.parametrize(
+    "max_batch, prefills, decoded",
+    [(None, [4 * 7], [12]), (6, [2 * 7, 2 * 5], [6, 6]), (2, [3, 7, 1, 5], [2, 1] * 4)],
+)
+def test_each_prompt_is_prefilled_once_within_the_bound(max_batch, prefills, decoded):
+    model = tiny()
+    expected = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 3, greedy(5))
+    fed = count_embedded(model)
+    result = StaticCacheRollout(model, **NO_EOS, max_batch=max_batch).generate(
+        PROMPTS, 3, greedy(5)
+    )
+    assert torch.equal(result.ids, expected.ids)
+    torch.testing.assert_close(result.logps, expected.logps, atol=5e-5, rtol=1e-5)
+    assert sum(fed) == sum(prefills) + 4 * sum(decoded)
+    assert [n for n in fed if n in prefills and n not in decoded] == [
+        n for n in prefills if n not in decoded
+    ]
+    assert max(n for n in fed if n not in prefills) <= (max_batch or 12)
+
+
+def test_a_batch_shorter_than_another_is_padded():
+    model = tiny()
+    free = [generate_greedily(model, prompt, 6) for prompt in PROMPTS[:2]]
+    eos = free[0][1]
+    rollout = StaticCacheRollout(model, eos_token_ids=[eos], pad_token_id=PAD, max_batch=1)
+    result = rollout.generate(PROMPTS[:2], 1, greedy(6))
+    lengths = [ids.index(eos) + 1 if eos in ids else 6 for ids in free]
+    assert lengths[0] < lengths[1]
+    assert result.ids.tolist() == [free[0][: lengths[0]] + [PAD] * (6 - lengths[0]), free[1]]
+
+
+class Spy(TorchDispatchMode):
+    """Note every operation that makes the host wait for a device."""
+
+    SYNCS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "multinomial")
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.syncs = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        if func.overloadpacket.__name__ in self.SYNCS:
+            self.syncs.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_p=0.9, top_k=7)])
+@pytest.mark.parametrize("config_class", [Qwen3Config, Gemma2Config])
+@torch.no_grad()
+def test_a_step_waits_for_nothing_and_writes_in_place(config_class, options):
+    overrides = dict(attn_logit_softcapping=None, sliding_window=4)
+    model = tiny(config_class, **overrides if config_class is Gemma2Config else {})
+    static = StaticCacheRollout(model, **NO_EOS)._model
+    sampling = SamplingParams(max_completion_length=6, **options)
+    decoder = _Decoder(static, static.prefill(PROMPTS), 2, sampling, None)
+
+    def addresses():
+        tensors = {k: v for k, v in vars(decoder).items() if isinstance(v, torch.Tensor)}
+        layers = {(i, k): getattr(layer, k) for i, layer in enumerate(decoder.cache.layers)
+                  for k in ("keys", "values", "cumulative_length")}  # fmt: skip
+        return {k: v.data_ptr() for k, v in (tensors | layers).items()}
+
+    before = addresses()
+    assert len(before) > 15
+    with Spy() as spy:
+        for _ in range(3):
+            decoder.step()
+    assert spy.seen > 100
+    assert spy.syncs == []
+    assert addresses() == before
+    assert decoder.written_1.item() == 4
+
+
+def test_modes_come_back_and_checkpointing_does_not_matter():
+    model = tiny()
+    expected = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 1, greedy(6))
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.train()
+    model.model.norm.eval()  # frozen by the caller
+    modes = [module.training for module in model.modules()]
+    seen = []
+    hook = model.register_forward_hook(lambda module, args, output: seen.append(module.training))
+    result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 1, greedy(6))
+    assert torch.equal(result.ids, expected.ids)
+    assert seen == [False] * 6
+    assert [module.training for module in model.modules()] == modes
+    assert not result.logps.requires_grad
+
+    hook.remove()
+    model.register_forward_hook(lambda module, args, output: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 1, greedy(6))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_caches_are_freed_one_after_the_other():
+    model = tiny()
+    caches, alive = [], []
+
+    def note(module, args, kwargs):
+        keys = kwargs["past_key_values"].layers[0].keys
+        if keys is not None and all(ref() is not keys for ref in caches):
+            caches.append(weakref.ref(keys))
+        alive.append(sum(ref() is not None for ref in caches))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    gc.disable()
+    try:
+        StaticCacheRollout(model, **NO_EOS, max_batch=2).generate(PROMPTS, 4, greedy(4))
+    finally:
+        gc.enable()
+    assert len(caches) == 8
+    assert max(alive) == 1
+    assert [ref() for ref in caches] == [None] * 8
+
+
+def test_bad_requests_name_the_value_and_the_remedy():
+    rollout = StaticCacheRollout(tiny(), **NO_EOS)
+    with pytest.raises(ValueError, match="prompt_ids is empty"):
+        rollout.generate([], 1, greedy(4))
+    with pytest.raises(ValueError, match="prompt 2 is empty"):
+        rollout.generate([[1], [2], []], 1, greedy(4))
+    with pytest.raises(ValueError, match="num_generations must be at least 1, got 0"):
+        rollout.generate(PROMPTS, 0, greedy(4))
+    with pytest.raises(ValueError, match=r"7 tokens.* 58 .* 64: shorten the prompt or max_comp"):
+        rollout.generate(PROMPTS, 1, greedy(58))
+    assert rollout.generate(PROMPTS, 1, greedy(57)).ids.shape == (4, 57)
+    with pytest.raises(ValueError, match="max_batch must be at least 1.* got 0"):
+        StaticCacheRollout(tiny(), **NO_EOS, max_batch=0)
+
+
+def test_models_without_a_static_cache_are_refused():
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(ValueError, match=r"MambaForCausalLM \(layers: linear_attention\)"):
+        StaticCacheRollout(mamba, **NO_EOS)
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration .* decoder-only"):
+        StaticCacheRollout(t5, **NO_EOS)

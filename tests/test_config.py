@@ -1,0 +1,111 @@
+import ast
+import dataclasses
+import inspect
+
+import pytest
+import yaml
+
+from fastgrpo.config import ConfigError, TrainConfig, config_from, load_config
+from fastgrpo_kernels import GRPOLossConfig
+
+NAMES = {"model_name_or_path": "m", "dataset_name": "d"}
+
+
+def test_yaml_values_overrides_and_defaults_meet_in_one_configuration(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("task: arithmetic\nlearning_rate: 1e-6\nnum_generations: 4\nbeta: 0.1\n")
+    config = load_config(path, ["num_generations=2", "reward_funcs=[format, accuracy]", "delta=2"])
+    assert config.learning_rate == 1e-6  # YAML reads 1e-6 as text
+    assert config.num_generations == 2
+    assert config.reward_funcs == ["format", "accuracy"]
+    assert (config.loss.beta, config.loss.delta) == (0.1, 2.0)
+    assert config.max_completion_length == 512
+
+
+def test_the_loss_takes_temperature_and_length_from_the_run():
+    config = config_from({**NAMES, "temperature": 0.7, "max_completion_length": 33})
+    assert config.loss.temperature == 0.7
+    assert config.loss.max_completion_length == 33
+
+
+def test_trl_epsilon_is_both_bounds_unless_epsilon_high_is_given():
+    assert config_from({**NAMES, "epsilon": 0.1}).loss == dataclasses.replace(
+        GRPOLossConfig(max_completion_length=512), epsilon_low=0.1, epsilon_high=0.1
+    )
+    config = config_from({**NAMES, "epsilon": 0.1, "epsilon_high": 0.28})
+    assert (config.loss.epsilon_low, config.loss.epsilon_high) == (0.1, 0.28)
+
+
+def test_what_is_written_to_the_run_directory_reads_back_as_the_same_configuration(tmp_path):
+    config = config_from({**NAMES, "loss_type": "dr_grpo", "beta": 0.04, "top_p": 0.9})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.flat()))
+    assert load_config(path) == config
+
+
+def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
+    with pytest.raises(ConfigError) as error:
+        config_from({**NAMES, "num_generation": 4, "epsilonlow": 0.1, "seed": "x", "bf16": 1})
+    message = str(error.value)
+    assert "num_generation: unknown key; did you mean num_generations?" in message
+    assert "epsilonlow: unknown key; did you mean epsilon_low?" in message
+    assert "seed: must be a whole number, got 'x'" in message
+    assert "bf16: must be true or false, got 1" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_generations": 1}, "num_generations: must be at least 2, got 1"),
+        ({"num_generations": 3}, "num_generations = 3 does not divide"),
+        ({"reward_funcs": []}, "reward_funcs: at least one"),
+        ({"max_steps": 0}, "max_steps: must be 1 or more, or -1, got 0"),
+        ({"temperature": 0.0}, "temperature: must be above 0, got 0.0"),
+        ({"top_p": 1.5}, "top_p: must be above 0 and at most 1, got 1.5"),
+        ({"max_completion_length": 0}, "max_completion_length"),
+        ({"save_steps": -1}, "save_steps: must be 0 or more, got -1"),
+        ({"loss_type": "gppo"}, "loss_type"),
+        ({"loss_type": "gmpo"}, "loss_type='gmpo' is not built yet"),
+        ({"scale_rewards": "groups"}, "must be one of group, batch, none, got 'groups'"),
+        ({"reward_funcs": "accuracy"}, "reward_funcs: must be a list, got 'accuracy'"),
+        ({"task": "arithmetic"}, "task: makes its own model and dataset"),
+        ({"delta": 1.1}, "delta must be above 1 + epsilon_high"),
+    ],
+)
+def test_wrong_values_are_named(values, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace("+", r"\+")):
+        config_from({**NAMES, **values})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("- 1\n", "must hold `key: value` lines, got list"),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_and_a_torn_override_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("task: arithmetic\n")
+    with pytest.raises(ConfigError, match="'seed 3': overrides look like key=value"):
+        load_config(path, ["seed 3"])
+
+
+@pytest.mark.parametrize("options", [TrainConfig, GRPOLossConfig])
+def test_every_field_says_what_it_means(options):
+    (definition,) = ast.parse(inspect.getsource(options)).body
+    for i, node in enumerate(definition.body):
+        if isinstance(node, ast.AnnAssign):
+            following = definition.body[i + 1]
+            assert isinstance(following, ast.Expr), ast.unparse(node)
+            assert isinstance(following.value, ast.Constant), ast.unparse(node)
