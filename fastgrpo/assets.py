@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +15,14 @@ from .model import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class WarmStart(Protocol):
+    """Supervised training before GRPO."""
+
+    def __call__(self, accuracy: Callable[[], float], on_step: Callable[[int, float], None]) -> int:
+        """Train until `accuracy()` is enough; report step and loss; return the number of steps."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +39,8 @@ class Assets:
     """Measured before and after training, never trained on."""
     validation_dataset: Dataset | None = None
     """What the accuracy that ends the warm start is measured on."""
-    warm_start: Callable[[Callable[[], float]], int] | None = None
-    """Teaches the untrained model of a task until the accuracy it is given a measure of is enough;
-    returns the number of steps it took."""
+    warm_start: WarmStart | None = None
+    """Teaches the untrained model of a task until its accuracy is enough for GRPO to take over."""
 
 
 def load_assets(config: TrainConfig) -> Assets:
@@ -78,7 +85,7 @@ def _arithmetic(config: TrainConfig) -> Assets:
     model = arithmetic.build_model(tokenizer, config.seed)
     datasets = arithmetic.build_dataset()
 
-    def warm_start(accuracy: Callable[[], float]) -> int:
+    def warm_start(accuracy: Callable[[], float], on_step: Callable[[int, float], None]) -> int:
         return arithmetic.warm_start(
             model,
             tokenizer,
@@ -86,6 +93,7 @@ def _arithmetic(config: TrainConfig) -> Assets:
             accuracy,
             gate=config.warm_start_accuracy,
             seed=config.seed,
+            on_step=on_step,
         )
 
     return Assets(

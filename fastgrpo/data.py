@@ -58,7 +58,8 @@ def load_prompts(
         )
     else:
         try:
-            dataset = datasets.load_dataset(dataset_name, config_name, split=split)
+            name = str(path) if path.exists() else dataset_name
+            dataset = datasets.load_dataset(name, config_name, split=split)
         except ValueError as error:
             raise ValueError(
                 f"dataset {dataset_name!r} with config {config_name!r} and split {split!r} "
@@ -102,7 +103,13 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _load_saved(datasets: Any, path: Path, split: str) -> Dataset:
-    saved: Any = datasets.load_from_disk(str(path))
+    try:
+        saved: Any = datasets.load_from_disk(str(path))
+    # Of no rows at all it raises an IndexError.
+    except Exception as error:
+        raise ValueError(
+            f"dataset folder {str(path)!r} is empty or does not load; save it again ({error!r})"
+        ) from error
     splits: Any = saved
     if isinstance(saved, datasets.Dataset):
         splits = {str(saved.split or "train"): saved}

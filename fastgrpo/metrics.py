@@ -1,4 +1,4 @@
-"""Metrics: the mean of an optimisation step over its micro-batches, and `metrics.jsonl`."""
+"""Metrics: one value a step from what its micro-batches report, and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -7,85 +7,102 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from torch import Tensor
 
-SUMMED = frozenset({"num_tokens", "num_sequences", "num_computed_rows", "num_gradient_rows"})
-"""Counts: added up over the micro-batches of a step."""
+SUMMED = frozenset(
+    {"loss", "num_tokens", "num_sequences", "num_computed_rows", "num_gradient_rows"}
+)
+"""Counts, and the loss, of which a micro-batch has a share: these are added up."""
 
-_EXTREMES = {
-    "clip_ratio/low_min": ("clip_ratio/low_mean", torch.minimum),
-    "clip_ratio/high_max": ("clip_ratio/high_mean", torch.maximum),
+EXTREMES_OF = {
+    "clip_ratio/low_mean": "clip_ratio/low_min",
+    "clip_ratio/high_mean": "clip_ratio/high_max",
 }
+"""Means of which the smallest or largest micro-batch is reported too, under TRL's names."""
 
 
 class StepMetrics:
-    """Gathers what the micro-batches of one optimisation step report, as means of the whole step.
+    """Gathers what the micro-batches of one optimisation step report.
 
-    Everything stays on the device the metrics came from until `result`, so that adding costs no
-    host synchronisation.
+    Counts and the loss are summed, names that end in `min` or `max` keep their extreme, everything
+    else becomes the weighted mean of the step. All stays on the device the metrics came from until
+    `result`, so that adding costs no host synchronisation.
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, torch.Tensor] = {}
-        self._weights: dict[str, torch.Tensor] = {}
-        self._extremes: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._extremes: dict[str, Tensor] = {}
 
-    def add(
-        self, metrics: Mapping[str, torch.Tensor | float], weight: torch.Tensor | float
-    ) -> None:
+    def add(self, metrics: Mapping[str, Tensor | float], weight: Tensor | float) -> None:
         """Add one micro-batch.
 
         Args:
-            metrics: 0-d tensors or numbers; a key that some micro-batches lack is the mean over
-                those that have it.
+            metrics: 0-d tensors, all on one device, or numbers. A name that some micro-batches
+                lack is the mean over those that have it.
             weight: of the means, usually the number of counted tokens. A micro-batch of weight 0
-                leaves every mean and extreme alone, whatever it reports.
+                changes no mean and no extreme, even if it reports 0 / 0.
         """
-        for key, value in metrics.items():
-            value = _detached(value)
-            if key in SUMMED:
-                self._totals[key] = self._totals.get(key, 0.0) + value
-                continue
-            weight_here = _detached(weight).to(value.device)
-            counts = weight_here > 0
-            # An empty micro-batch may report 0 / 0, and 0 * NaN would spoil the step.
-            share = torch.where(counts, value * weight_here, 0.0)
-            self._totals[key] = self._totals.get(key, 0.0) + share
-            self._weights[key] = self._weights.get(key, 0.0) + weight_here
-            for name, (source, choose) in _EXTREMES.items():
-                if key == source:
-                    seen = self._extremes.get(name, torch.full_like(value, math.nan))
-                    self._extremes[name] = torch.where(
-                        counts, torch.where(seen.isnan(), value, choose(seen, value)), seen
-                    )
+        tensors = [value for value in (*metrics.values(), weight) if isinstance(value, Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        weight = _scalar(weight, device)
+        for name, number in metrics.items():
+            value = _scalar(number, device)
+            if name in SUMMED:
+                self._accumulate(self._sums, name, value)
+            elif name.endswith(("min", "max")):
+                self._keep_extreme(name, value, weight)
+            else:
+                # A product with 0 would keep the NaN of an empty micro-batch.
+                share = torch.where(weight > 0, value * weight, 0.0)
+                self._accumulate(self._sums, name, share)
+                self._accumulate(self._weights, name, weight)
+                if name in EXTREMES_OF:
+                    self._keep_extreme(EXTREMES_OF[name], value, weight)
 
     def result(self) -> dict[str, float]:
-        """Return sums, weighted means, `clip_ratio/low_min` and `clip_ratio/high_max` as floats.
+        """Return the step's values; this is the one host synchronisation.
 
-        A mean of nothing (total weight 0) is NaN.
+        The mean of nothing is NaN, its minimum and maximum are infinite.
         """
-        means = {
-            key: total / self._weights[key] if key in self._weights else total
-            for key, total in self._totals.items()
+        values = self._extremes | {
+            name: total / self._weights[name] if name in self._weights else total
+            for name, total in self._sums.items()
         }
-        return {key: float(value) for key, value in (means | self._extremes).items()}
+        if not values:
+            return {}
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+    @staticmethod
+    def _accumulate(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
+        totals[name] = totals[name] + value if name in totals else value
+
+    def _keep_extreme(self, name: str, value: Tensor, weight: Tensor) -> None:
+        choose, worst = (
+            (torch.minimum, math.inf) if name.endswith("min") else (torch.maximum, -math.inf)
+        )
+        value = torch.where(weight > 0, value, worst)
+        seen = self._extremes.get(name)
+        self._extremes[name] = value if seen is None else choose(seen, value)
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to a file, each on the disk as soon as it is written.
-
-    Args:
-        path: the file; it is made, or continued where a previous run left it.
-    """
+    """Appends one JSON object a line to a file, each on the disk as soon as it is written."""
 
     def __init__(self, path: str | Path) -> None:
-        self._file: TextIO = Path(path).open("a", encoding="utf-8")
+        """Open the file, which is made or continued.
+
+        Args:
+            path: usually `metrics.jsonl` of a run directory.
+        """
+        self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (see close)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Write one line; tensors and numpy scalars become numbers, NaN and infinities null."""
-        plain = {key: _json_value(value) for key, value in metrics.items()}
+        """Write one line; 0-d tensors become numbers, NaN and infinities null."""
+        plain = {name: _json_value(value) for name, value in metrics.items()}
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -106,20 +123,26 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the lines that `MetricsWriter` wrote; null is None."""
+    """Return the lines that `MetricsWriter` wrote; null is None."""
     with Path(path).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
 
 
-def _detached(value: torch.Tensor | float) -> torch.Tensor:
-    """Return a 0-d float64 tensor, so that token counts add up exactly."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to(torch.float64)
-    return torch.tensor(value, dtype=torch.float64)
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory PyTorch has held on a GPU, in GiB; NaN for a CPU: not measured."""
+    if device.type != "cuda":
+        return math.nan
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    """Return a 0-d float64 tensor: counts stay exact; filling on the device needs no copy."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _json_value(value: Any) -> Any:
-    # Tensors and numpy scalars of one element, without importing numpy.
-    if hasattr(value, "item"):
+    if isinstance(value, Tensor):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

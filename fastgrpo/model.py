@@ -9,6 +9,8 @@ B sequences, L positions (prompt and completion), H hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -147,6 +149,18 @@ def check_head(model: PreTrainedModel) -> None:
             f"the logits of {name} are not hidden @ weight.T + bias "
             f"({', '.join(found) or 'something else is applied'}): such heads are not built yet"
         )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory used so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -27,8 +27,8 @@ from .console import Console
 from .data import PromptSampler, encode_prompt
 from .evaluate import evaluate
 from .loss import batch_logps, batch_loss, sampling_difference
-from .metrics import StepMetrics, peak_memory_gib
-from .model import Policy
+from .metrics import StepMetrics
+from .model import Policy, peak_memory_gib
 from .optim import build_optimizer, clip_gradients
 from .rewards import Reward, decode_completions, load_rewards, score
 from .rollout import SamplingParams
@@ -124,7 +124,10 @@ class Trainer:
         if self.assets.warm_start is None or validation is None:
             return
         self.console.phase("warm start", None)
-        steps = self.assets.warm_start(lambda: self.measure(validation, self.config.temperature))
+        steps = self.assets.warm_start(
+            accuracy=lambda: self.measure(validation, self.config.temperature),
+            on_step=lambda step, loss: self.console.step({"step": step, "loss": loss}),
+        )
         self.console.message(f"warm start: {steps} supervised steps")
 
     def collect(self, step: int, times: dict[str, float]) -> tuple[Batch, dict[str, float]]:
@@ -263,7 +266,7 @@ class Trainer:
         if before:
             summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
             self.console.table(
-                f"{judge} on the {len(self.test_dataset or [])} prompts of the test split",
+                f"{judge} on {len(self.test_dataset or [])} held-out prompts",
                 ["decoding", "before", "after", "change"],
                 [
                     [how, f"{b:.1%}", f"{a:.1%}", f"{100 * (a - b):+.1f} points"]

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in its interpreter, which must be asked for before import."""
+"""Without a GPU the Triton kernels run in its interpreter: to be asked for before its import."""
 
 import os
 

@@ -86,12 +86,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         # About 1 / sqrt(hidden): with the usual 0.02, made for wide models, learning starts late.
         initializer_range=0.1,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.vocab[EOS_TOKEN],
+        pad_token_id=tokenizer.vocab[PAD_TOKEN],
     )
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the GPUs as well, which the fork does not restore.
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return Qwen3ForCausalLM(config)
 
 
@@ -111,11 +111,12 @@ def build_dataset() -> DatasetDict:
         for a, b in pairs
     ]
     held_out = VALIDATION_SIZE + TEST_SIZE
-    return DatasetDict(
-        train=Dataset.from_list(rows[held_out:]),
-        validation=Dataset.from_list(rows[:VALIDATION_SIZE]),
-        test=Dataset.from_list(rows[VALIDATION_SIZE:held_out]),
-    )
+    splits = {
+        "train": rows[held_out:],
+        "validation": rows[:VALIDATION_SIZE],
+        "test": rows[VALIDATION_SIZE:held_out],
+    }
+    return DatasetDict({name: Dataset.from_list(some) for name, some in splits.items()})
 
 
 def exact_match(completions: list[str], answer: list[str], **columns: Any) -> list[float]:

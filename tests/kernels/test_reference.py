@@ -53,7 +53,7 @@ def transcription(
             z = logits[i, t] / config.temperature
             p = z.exp() / z.exp().sum()
             lp = p[ids[i, t]].log()
-            logps[i][t], entropies[i][t] = float(lp), float(-(p * p.log()).sum())
+            logps[i][t], entropies[i][t] = lp.item(), -(p * p.log()).sum().item()
             A = at(advantages, i, t)
             r = (lp - (lp.detach() if old_logps is None else float(old_logps[i, t]))).exp()
             unclipped = (r if config.delta is None or r <= config.delta else config.delta) * A
@@ -61,12 +61,12 @@ def transcription(
             loss = -(unclipped if unclipped <= clipped else clipped)
             loss = loss * at(policy_weight, i, t) * at(entropy_mask, i, t)
             loss = loss * at(importance_sampling_ratio, i, t)
-            sums["policy_loss"] += float(loss)
+            sums["policy_loss"] += loss.item()
             if config.beta:
                 assert ref_logps is not None
                 x = float(ref_logps[i, t]) - lp
                 kl = x.exp() - x - 1
-                sums["kl"] += float(kl)
+                sums["kl"] += kl.item()
                 loss = loss + config.beta * kl
             sums["entropy"] += entropies[i][t]
             sums["low"] += float(r < low and A < 0)
@@ -141,8 +141,12 @@ def test_reference_is_the_page_of_formulas(loss_type: str, name: str) -> None:
 
     close = {"rtol": 1e-9, "atol": 1e-11}
     assert actual.output.loss.item() == pytest.approx(loss.item(), rel=1e-11)
-    torch.testing.assert_close(actual.output.logps, torch.tensor(logps).double(), **close)
-    torch.testing.assert_close(actual.output.entropy, torch.tensor(entropies).double(), **close)
+    torch.testing.assert_close(
+        actual.output.logps, torch.tensor(logps, dtype=torch.float64), **close
+    )
+    torch.testing.assert_close(
+        actual.output.entropy, torch.tensor(entropies, dtype=torch.float64), **close
+    )
     for leaf, value in leaves.items():
         torch.testing.assert_close(actual.gradients[leaf], value.grad, **close)
     found = {k: v.item() for k, v in actual.output.metrics.items()}

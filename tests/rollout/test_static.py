@@ -8,15 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.cache_utils import StaticLayer
 
 from fastgrpo.rollout import Completions, SamplingParams
 from fastgrpo.rollout.static import StaticCacheRollout, _Decoder
@@ -24,24 +26,24 @@ from fastgrpo.rollout.static import StaticCacheRollout, _Decoder
 PAD = 0
 PROMPTS = [[5, 9, 2], [7, 1, 8, 2, 8, 1, 8], [3], [250, 17, 99, 4, 6]]
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
-NO_EOS = dict(eos_token_ids=[], pad_token_id=PAD)
+NO_EOS = {"eos_token_ids": [], "pad_token_id": PAD}
 
 
 def tiny(config_class=Qwen3Config, attention="sdpa", **overrides):
-    options = dict(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=PAD,
-    )
+    options = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": PAD,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(
@@ -122,14 +124,16 @@ def test_decoding_stops_when_all_have_ended():
     result = rollout.generate(PROMPTS[:1], 3, greedy(40))
     length = ids.index(ids[2]) + 1
     assert result.token_lists() == [ids[:length]] * 3
+    for tensor in (result.ids, result.mask, result.logps):
+        assert tensor.shape == (3, length)
     assert sum(fed) == len(PROMPTS[0]) + 3 * (length - 1)
 
 
 @pytest.mark.parametrize(
     "config_class, overrides",
     [
-        (Gemma2Config, dict(sliding_window=4, attn_logit_softcapping=None)),
-        (MistralConfig, dict(sliding_window=4)),
+        (Gemma3TextConfig, {"sliding_window": 4}),
+        (MistralConfig, {"sliding_window": 4}),
     ],
     ids=["mixed", "every layer"],
 )
@@ -152,7 +156,7 @@ def test_other_attentions_decode_the_same_and_come_back(attention):
 def test_autocast_keeps_the_cache_in_bf16():
     model = tiny(initializer_range=0.05)
     kinds = []
-    model.register_forward_hook(
+    hook = model.register_forward_hook(
         lambda module, args, kwargs, output: kinds.append(
             kwargs["past_key_values"].layers[0].dtype
         ),
@@ -162,6 +166,7 @@ def test_autocast_keeps_the_cache_in_bf16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 2, sampling)
         assert kinds == [torch.bfloat16] * 6
+        hook.remove()
         for i, prompt, completion in rows(result, 2):
             logps = forward_logps(model, prompt, completion, 1.0)
             expected = logps.gather(-1, torch.tensor(completion)[:, None])[:, 0]
@@ -192,7 +197,7 @@ def test_logps_cover_the_vocabulary_and_tokens_stay_in_the_set(top_p, top_k):
 def test_one_candidate_is_greedy():
     rollout = StaticCacheRollout(tiny(), **NO_EOS)
     expected = rollout.generate(PROMPTS, 2, greedy(8)).token_lists()
-    for truncated in (dict(top_k=1), dict(top_p=1e-6)):
+    for truncated in ({"top_k": 1}, {"top_p": 1e-6}):
         sampling = SamplingParams(max_completion_length=8, temperature=1.5, **truncated)
         assert rollout.generate(PROMPTS, 2, sampling).token_lists() == expected
 
@@ -249,13 +254,15 @@ def count_embedded(model):
 def test_each_prompt_is_prefilled_once_within_the_bound(max_batch, prefills, decoded):
     model = tiny()
     expected = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 3, greedy(5))
-    fed = count_embedded(model)
+    fed, projected = count_embedded(model), []
+    model.lm_head.register_forward_pre_hook(lambda head, args: projected.append(args[0].shape[1]))
     result = StaticCacheRollout(model, **NO_EOS, max_batch=max_batch).generate(
         PROMPTS, 3, greedy(5)
     )
     assert torch.equal(result.ids, expected.ids)
     torch.testing.assert_close(result.logps, expected.logps, atol=5e-5, rtol=1e-5)
     assert sum(fed) == sum(prefills) + 4 * sum(decoded)
+    assert set(projected) == {1}
     assert [n for n in fed if n in prefills and n not in decoded] == [
         n for n in prefills if n not in decoded
     ]
@@ -289,12 +296,11 @@ class Spy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_p=0.9, top_k=7)])
-@pytest.mark.parametrize("config_class", [Qwen3Config, Gemma2Config])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.9, "top_k": 7}])
+@pytest.mark.parametrize("config_class", [Qwen3Config, Gemma3TextConfig])
 @torch.no_grad()
 def test_a_step_waits_for_nothing_and_writes_in_place(config_class, options):
-    overrides = dict(attn_logit_softcapping=None, sliding_window=4)
-    model = tiny(config_class, **overrides if config_class is Gemma2Config else {})
+    model = tiny(config_class, sliding_window=4)
     static = StaticCacheRollout(model, **NO_EOS)._model
     sampling = SamplingParams(max_completion_length=6, **options)
     decoder = _Decoder(static, static.prefill(PROMPTS), 2, sampling, None)
@@ -319,7 +325,8 @@ def test_a_step_waits_for_nothing_and_writes_in_place(config_class, options):
 def test_modes_come_back_and_checkpointing_does_not_matter():
     model = tiny()
     expected = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 1, greedy(6))
-    model.gradient_checkpointing_enable()
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.23 on
+    (enable or model.gradient_checkpointing_enable)()
     model.config.use_cache = False
     model.train()
     model.model.norm.eval()  # frozen by the caller
@@ -339,25 +346,25 @@ def test_modes_come_back_and_checkpointing_does_not_matter():
     assert [module.training for module in model.modules()] == modes
 
 
-def test_caches_are_freed_one_after_the_other():
-    model = tiny()
-    caches, alive = [], []
+def test_one_decoding_cache_at_a_time_and_none_afterwards(monkeypatch):
+    allocated, alive = [], []
+    allocate = StaticLayer.lazy_initialization
 
-    def note(module, args, kwargs):
-        keys = kwargs["past_key_values"].layers[0].keys
-        if keys is not None and all(ref() is not keys for ref in caches):
-            caches.append(weakref.ref(keys))
-        alive.append(sum(ref() is not None for ref in caches))
+    def note(self, key_states, value_states):
+        allocate(self, key_states, value_states)
+        allocated.append(weakref.ref(self.keys))
+        alive.append(sum(ref() is not None for ref in allocated))
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    monkeypatch.setattr(StaticLayer, "lazy_initialization", note)
     gc.disable()
     try:
-        StaticCacheRollout(model, **NO_EOS, max_batch=2).generate(PROMPTS, 4, greedy(4))
+        StaticCacheRollout(tiny(), **NO_EOS, max_batch=2).generate(PROMPTS, 4, greedy(4))
     finally:
         gc.enable()
-    assert len(caches) == 8
-    assert max(alive) == 1
-    assert [ref() for ref in caches] == [None] * 8
+    layers, prefills, decodings = 2, 4, 8
+    assert len(allocated) == layers * (prefills + decodings)
+    assert max(alive) == layers * 2  # the prompt's and the completions'
+    assert all(ref() is None for ref in allocated)
 
 
 def test_bad_requests_name_the_value_and_the_remedy():
@@ -371,7 +378,7 @@ def test_bad_requests_name_the_value_and_the_remedy():
     with pytest.raises(ValueError, match=r"7 tokens.* 58 .* 64: shorten the prompt or max_comp"):
         rollout.generate(PROMPTS, 1, greedy(58))
     assert rollout.generate(PROMPTS, 1, greedy(57)).ids.shape == (4, 57)
-    with pytest.raises(ValueError, match="max_batch must be at least 1.* got 0"):
+    with pytest.raises(ValueError, match=r"max_batch must be at least 1.* got 0"):
         StaticCacheRollout(tiny(), **NO_EOS, max_batch=0)
 
 
@@ -381,8 +388,13 @@ def test_models_without_a_static_cache_are_refused():
     )
     with pytest.raises(ValueError, match=r"MambaForCausalLM \(layers: linear_attention\)"):
         StaticCacheRollout(mamba, **NO_EOS)
+    rwkv = AutoModelForCausalLM.from_config(
+        RwkvConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2)
+    )
+    with pytest.raises(ValueError, match="RwkvForCausalLM"):
+        StaticCacheRollout(rwkv, **NO_EOS)
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration .* decoder-only"):
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration .* decoder-only"):
         StaticCacheRollout(t5, **NO_EOS)

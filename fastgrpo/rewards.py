@@ -1,0 +1,437 @@
+"""Rewards: the functions that judge completions, the built-in ones and the user's.
+
+A reward function has TRL's signature, so that those written for TRL run unmodified. It is called by
+keyword, `f(prompts=..., completions=..., completion_ids=..., **columns)`, with one entry per
+completion in every argument, `columns` being the other columns of the dataset. It returns a number
+per completion, or None for one it does not judge.
+
+B completions, K reward functions.
+"""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+RewardFunction = Callable[..., Sequence[float | None]]
+Completion = str | list[dict[str, Any]]
+
+CHECK_TIMEOUT_S = 5.0
+"""Seconds that math-verify may take over one pair of answers."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function under the name its metrics carry, and its weight in the sum."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+
+def accuracy(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    r"""Reward 1 for the right answer, else 0.
+
+    The right answer is the column `solution`, or else `answer`: what follows its last `####`
+    (GSM8K) if there is one. A completion's answer is what its last `<answer>...</answer>` holds,
+    or else all of it. In both, the last `\boxed{}` wins over the text around it. Then:
+
+    - equal text is right, without outer space, maths delimiters and `\text{}`;
+    - two plain numbers ("1,000", "$18", "72.0", "1e3") are compared as numbers, exactly;
+    - a right answer in mathematical notation is compared by math-verify, to six decimals: 1/2 is
+      0.5 but 1/3 is not 0.3333, "x=5" is 5, 50% is 50 and 0.5. Of a completion in prose it takes
+      the last formula or number. Whatever takes longer than `CHECK_TIMEOUT_S` is wrong;
+    - any other right answer ("B", "Paris", "Apollo 11", "5 miles") is text and must be equal.
+      Text is what has a word of three letters outside LaTeX, or no digit, operator or LaTeX.
+
+    Returns:
+        1.0 or 0.0; None where the right answer is None.
+
+    Raises:
+        ValueError: there is no column `solution` or `answer`.
+    """
+    golds = columns.get("solution", columns.get("answer"))
+    if golds is None:
+        present = sorted(columns.keys() - {"prompts", "completion_ids"})
+        raise ValueError(
+            "reward function 'accuracy' needs a column 'solution' or 'answer'; "
+            f"the dataset has {', '.join(present) or 'no column beside the prompt'}"
+        )
+    return [
+        None if gold is None else float(_is_right(str(gold), _content(completion)))
+        for gold, completion in zip(golds, completions, strict=True)
+    ]
+
+
+def format(completions: Sequence[Completion], **columns: Any) -> list[float]:
+    """Reward 1 for `<think>...</think>` then `<answer>...</answer>` and nothing else but space."""
+    shape = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
+    texts = [_content(completion).strip() for completion in completions]
+    return [float(_tags_once(text) == 4 and bool(shape.fullmatch(text))) for text in texts]
+
+
+def tag_count(completions: Sequence[Completion], **columns: Any) -> list[float]:
+    """Reward 0.25 for each of the four tags of `format` that stands exactly once (open-r1)."""
+    return [0.25 * _tags_once(_content(completion)) for completion in completions]
+
+
+BUILT_IN: dict[str, RewardFunction] = {f.__name__: f for f in (accuracy, format, tag_count)}
+
+
+def load_reward_funcs(names: Sequence[str | RewardFunction]) -> list[RewardFunction]:
+    """Find reward functions.
+
+    Args:
+        names: each a built-in name, "module:function", "path.py:function" (relative to the working
+            directory), or a function, which is returned as it is.
+
+    Raises:
+        ValueError: a name is of no such form, or there is no such function.
+        ModuleNotFoundError, FileNotFoundError: there is no such module or file.
+        NotImplementedError: the function is a coroutine function.
+    """
+    functions = [_find(name) if isinstance(name, str) else name for name in names]
+    for function in functions:
+        if inspect.iscoroutinefunction(function):
+            raise NotImplementedError(
+                f"reward function {_name_of(function)!r} is async, which is not supported yet; "
+                "make it a plain function that runs its coroutine with asyncio.run"
+            )
+    return functions
+
+
+def load_rewards(
+    reward_funcs: Sequence[str | RewardFunction], reward_weights: Sequence[float] | None = None
+) -> list[Reward]:
+    """Pair reward functions (see `load_reward_funcs`) with their weights, None meaning 1 each.
+
+    Raises:
+        ValueError: the lengths differ, or two functions have one name.
+    """
+    weights = [1.0] * len(reward_funcs) if reward_weights is None else reward_weights
+    if len(weights) != len(reward_funcs):
+        raise ValueError(
+            f"reward_weights has {len(weights)} entries for {len(reward_funcs)} reward_funcs; "
+            "give one weight per function"
+        )
+    functions = load_reward_funcs(reward_funcs)
+    names = [_name_of(function) for function in functions]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"reward_funcs are named {', '.join(names)}; metrics are named after the functions, "
+            "so give each a name of its own"
+        )
+    return [
+        Reward(name=name, function=function, weight=float(weight))
+        for name, function, weight in zip(names, functions, weights, strict=True)
+    ]
+
+
+def decode_completions(
+    prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], tokenizer: Any
+) -> list[Completion]:
+    """Return completions as reward functions see them: text, or messages after such a prompt."""
+    texts: list[str] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def score(
+    rewards: Sequence[Reward],
+    *,
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    columns: dict[str, list[Any]],
+) -> Tensor:
+    """Call every reward function on a batch of completions.
+
+    Args:
+        rewards: the functions.
+        prompts: (B,) the prompt of each completion, repeated within its group, as the columns are.
+        completions: (B,) texts, or lists of messages.
+        completion_ids: (B,) the token ids of the completions.
+        columns: the other columns of the dataset, (B,) each.
+
+    Returns:
+        (B, K) fp32, NaN where a function returned None.
+
+    Raises:
+        ValueError: a function returned a wrong number of values, or one that is not a finite
+            number; or an argument has a wrong length. What a function raises goes through.
+    """
+    arguments: dict[str, Sequence[Any]] = {
+        "prompts": prompts,
+        "completions": completions,
+        "completion_ids": completion_ids,
+    }
+    if taken := arguments.keys() & columns.keys():
+        raise ValueError(f"dataset column {min(taken)!r} is an argument's name; rename the column")
+    arguments |= columns
+    for name, values in arguments.items():
+        if len(values) != len(completions):
+            raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions")
+    rewards_KB = [_call(reward, arguments) for reward in rewards]
+    return torch.tensor(rewards_KB, dtype=torch.float32).T.contiguous()
+
+
+def _call(reward: Reward, arguments: dict[str, Sequence[Any]]) -> list[float]:
+    try:
+        values: Any = reward.function(**arguments)
+    except Exception as error:
+        error.add_note(f"raised by the reward function {reward.name!r}")
+        raise
+    num_completions = len(arguments["completions"])
+    sized = hasattr(values, "__len__")
+    if not sized or len(values) != num_completions:
+        returned = f"{len(values)} values" if sized else repr(values)
+        raise ValueError(
+            f"reward function {reward.name!r} returned {returned} for {num_completions} "
+            "completions; return a list with one number or None for each"
+        )
+    return [_number_or_nan(reward.name, i, value) for i, value in enumerate(values)]
+
+
+def _number_or_nan(name: str, index: int, value: Any) -> float:
+    if value is None:
+        return math.nan
+    # float() would also take strings, and arrays of one element.
+    scalar = not isinstance(value, str | bytes) and getattr(value, "ndim", 0) == 0
+    try:
+        number = float(value) if scalar else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"reward function {name!r} returned {value!r} for completion {index}; "
+            "return a finite number, or None for a completion it does not judge"
+        )
+    return number
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _find(name: str) -> RewardFunction:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown reward function {name!r}, did you mean {nearest!r}? Give a built-in name "
+            f"({', '.join(BUILT_IN)}), 'module:function' or 'path.py:function'"
+        )
+    module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"reward function {name!r}: {source!r} has no function {attribute!r}")
+    return cast("RewardFunction", function)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that is there but imports one that is not must say so itself.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ModuleNotFoundError(
+            f"no module {module!r} for a reward function; "
+            "install it, or name its file: 'path.py:function'"
+        ) from error
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file {str(path)!r} for a reward function; "
+            f"it is looked up from the working directory {str(Path.cwd())!r}"
+        )
+    spec = importlib.util.spec_from_file_location(f"fastgrpo_rewards_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _content(completion: Completion) -> str:
+    if isinstance(completion, str):
+        return completion
+    return (completion[-1].get("content") or "") if completion else ""
+
+
+def _tags_once(text: str) -> int:
+    return sum(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+
+
+_WRAPPED = re.compile(
+    r"\$\$(.+)\$\$|\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]|\\text\{([^{}]+)\}", re.DOTALL
+)
+_NUMBER = re.compile(
+    r"[+-]?\$?((\d+|\d{1,3}(,\d{3})+)(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\$?", re.ASCII
+)
+_LATEX = re.compile(r"\\[a-zA-Z]+(\{[a-zA-Z\s]*\})?|\b(sin|cos|tan|log|exp|sqrt)\b")
+_WORD = re.compile(r"[^\W\d_]{3}")
+_NOTATION = re.compile(r"[\d\\^=+*/<>]")
+
+
+def _is_right(gold: str, completion: str) -> bool:
+    gold = _bare(gold.rpartition("####")[2])
+    end = completion.rfind("</answer>")
+    start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
+    answer = _bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
+    if answer == gold:
+        return gold != ""
+    gold_number, number = _number(gold), _number(answer)
+    if gold_number is not None and number is not None:
+        return gold_number == number
+    if not _is_mathematics(gold):
+        return False
+    # Undelimited, math-verify would take the last number of "1/2" or "70, 71, 72".
+    return _checker.equal(_delimited(gold), _delimited(answer))
+
+
+def _bare(text: str) -> str:
+    """Return what the last box holds, or all, without space, delimiters and text command."""
+    text = _last_box(text).strip()
+    while match := _WRAPPED.fullmatch(text):
+        inner = next(group for group in match.groups() if group is not None).strip()
+        if "$" in inner:  # "$1$ and $2$" is not one formula
+            break
+        text = inner
+    return text
+
+
+def _last_box(text: str) -> str:
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return text
+    start += len(r"\boxed{")
+    depth = 1
+    for position in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start:position]
+    return text
+
+
+def _number(text: str) -> Decimal | None:
+    text = text.replace(r"\$", "$")
+    return Decimal(re.sub("[$,]", "", text)) if _NUMBER.fullmatch(text) else None
+
+
+def _delimited(text: str) -> str:
+    return f"${text.replace('**', '^')}$" if _is_mathematics(text) else text
+
+
+def _is_mathematics(text: str) -> bool:
+    return bool(_NOTATION.search(text)) and not _WORD.search(_LATEX.sub(" ", text))
+
+
+def _serve_checks(timeout_s: float) -> None:
+    """Answer pairs on stdin with true or false on stdout; die of a pair that takes too long."""
+    import faulthandler
+    import importlib
+    import json
+    import logging
+    import signal
+    import sys
+
+    math_verify: Any = importlib.import_module("math_verify")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes stdin
+    logging.disable()
+    replies, sys.stdout = sys.stdout, sys.stderr
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        gold, answer = json.loads(line)
+        # The watchdog ends the process even inside the C code of a huge power.
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
+        try:
+            expected, got = (math_verify.parse(t, parsing_timeout=0) for t in (gold, answer))
+            equal = bool(math_verify.verify(expected, got, timeout_seconds=0))
+        except Exception:
+            equal = False
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps(equal), file=replies, flush=True)
+
+
+class _Checker:
+    """math-verify in a process of its own.
+
+    Its own timeouts are signals: they fail outside the main thread and do not interrupt C code.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - there is one checker
+    def equal(self, gold: str, answer: str) -> bool:
+        """Say whether math-verify holds two answers for equal; False if it takes too long."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self.close()
+            process = self._process or self._start()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                print(json.dumps([gold, answer]), file=process.stdin, flush=True)
+                reply = process.stdout.readline()
+            except BaseException:
+                self.close()  # a reply still to come would be taken for the next pair's
+                raise
+            if not reply:
+                self.close()
+            return reply == "true\n"
+
+    def _start(self) -> subprocess.Popen[str]:
+        # The source of one function, not this module, whose imports would cost seconds.
+        source = f"{inspect.getsource(_serve_checks)}\n_serve_checks({CHECK_TIMEOUT_S})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", source],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            self.close()
+            raise RuntimeError(
+                "reward function 'accuracy' could not start math-verify; "
+                "see what python -c 'import math_verify' says"
+            )
+        return self._process
+
+    def close(self) -> None:
+        """End the process; the next check starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_checker = _Checker()
+atexit.register(_checker.close)

@@ -1,0 +1,258 @@
+"""Prompts: every source, every refusal by name, encoding without a doubled token, the order."""
+
+import importlib
+import json
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from fastgrpo.data import PromptSampler, encode_prompt, load_prompts
+
+MESSAGES = [{"role": "user", "content": "two words"}]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    progress_bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    yield
+    if not progress_bars:
+        datasets.enable_progress_bars()
+
+
+def write_jsonl(path, *rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_kind_of_file(tmp_path):
+    rows = {"prompt": ["a", "b"], "answer": ["1x", "2x"]}
+    dataset = Dataset.from_dict(rows)
+    dataset.to_json("a.jsonl")
+    (tmp_path / "a.json").write_text(json.dumps(dataset.to_list()))
+    dataset.to_csv("a.csv")
+    dataset.to_parquet("a.parquet")
+    for name in ("a.jsonl", "a.json", "a.csv", str(tmp_path / "a.parquet")):
+        assert load_prompts(name, "train").to_dict() == rows
+
+
+def test_prompts_of_messages(tmp_path):
+    name = write_jsonl(tmp_path / "a.jsonl", {"prompt": MESSAGES}, {"prompt": MESSAGES * 2})
+    assert list(load_prompts(name, "train")["prompt"]) == [MESSAGES, MESSAGES * 2]
+
+
+def test_folders(tmp_path):
+    one, two = Dataset.from_dict({"prompt": ["a"]}), Dataset.from_dict({"prompt": ["b"]})
+    one.save_to_disk("one")
+    DatasetDict(train=one, test=two).save_to_disk("both")
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "train.jsonl", {"prompt": "a"})
+    write_jsonl(tmp_path / "files" / "test.jsonl", {"prompt": "b"})
+    assert load_prompts("one", "train")["prompt"][0] == "a"
+    for folder in ("both", "./both", "files", str(tmp_path / "files")):
+        assert load_prompts(folder, "test")["prompt"][0] == "b"
+    with pytest.raises(ValueError, match="'one' has no split 'test'; it has train"):
+        load_prompts("one", "test")
+    with pytest.raises(ValueError, match="'both' has no split 'dev'; it has train, test"):
+        load_prompts("both", "dev")
+    with pytest.raises(ValueError, match=r"'files' .*split 'dev' did not load.*'train', 'test'"):
+        load_prompts("files", "dev")
+
+
+def test_the_prompt_column_is_renamed(tmp_path):
+    name = write_jsonl(tmp_path / "a.jsonl", {"question": "q", "answer": "x", "prompt": "old"})
+    loaded = load_prompts(name, "train", prompt_column="question")
+    assert loaded.to_dict() == {"answer": ["x"], "prompt": ["q"]}
+
+
+def test_a_hub_name_goes_to_the_hub_with_its_config(monkeypatch):
+    def load_dataset(name, config_name, split):
+        assert (name, config_name, split) == ("openai/gsm8k", "main", "test")
+        return Dataset.from_dict({"question": ["q"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_prompts("openai/gsm8k", "test", config_name="main", prompt_column="question")
+    assert loaded.to_dict() == {"prompt": ["q"]}
+
+
+@pytest.mark.parametrize("name", ["no.jsonl", "folder/no.csv", "./no", "../no", "~/no/such", "/no"])
+def test_a_path_with_nothing_there(name):
+    with pytest.raises(FileNotFoundError, match=f"'{name}' looks like a path but nothing is there"):
+        load_prompts(name, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bad.jsonl", '{"prompt": "a"}\n{oops\n'),
+        ("bad.json", '[{"prompt":'),
+        ("bad.csv", 'a,b\n1,2\n"x'),
+        ("bad.parquet", "not parquet"),
+        ("empty.jsonl", ""),
+        ("empty.csv", ""),
+        ("header.csv", "prompt\n"),
+        ("empty.json", "[]"),
+    ],
+)
+def test_files_without_data_or_that_do_not_parse(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"'{name}' is empty"):
+        load_prompts(name, "train")
+
+
+def test_an_unknown_extension_and_another_split_of_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"'a.txt' has the unknown extension '.txt'; use .*\.csv"):
+        load_prompts("a.txt", "train")
+    write_jsonl(tmp_path / "a.jsonl", {"prompt": "a"})
+    with pytest.raises(ValueError, match="is one split, 'train', so split 'test' does not exist"):
+        load_prompts("a.jsonl", "test")
+
+
+def test_an_empty_dataset(tmp_path, monkeypatch):
+    Dataset.from_dict({"prompt": []}).save_to_disk("none")
+    with pytest.raises(ValueError, match="'none' is empty"):
+        load_prompts("none", "train")
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "train.jsonl", {"prompt": "a"})
+    with pytest.raises(ValueError, match=r"'files' .*split 'train\[:0\]' did not load.* no data"):
+        load_prompts("files", "train[:0]")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, split: Dataset.from_dict({"prompt": []})
+    )
+    with pytest.raises(ValueError, match="'some/name' is empty; it needs at least one row"):
+        load_prompts("some/name", "train")
+
+
+def test_a_missing_column_lists_the_others_and_suggests_one(tmp_path):
+    name = write_jsonl(tmp_path / "a.jsonl", {"id": 1, "question": "q"})
+    with pytest.raises(
+        ValueError, match=r"no column 'prompt' but id, question; .* prompt_column='question'"
+    ):
+        load_prompts(name, "train")
+    with pytest.raises(ValueError, match="no column 'text' but id, question"):
+        load_prompts(name, "train", prompt_column="text")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("a", ""),
+        ("a", None),
+        (1, 2),
+        (MESSAGES, []),
+        (MESSAGES, [{"role": "user", "content": None}]),
+        (["a"], ["b"]),
+        ([{"text": "a"}], [{"text": "b"}]),
+        ({"role": "user", "content": "a"}, {"role": "user", "content": "a"}),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_named(tmp_path, good, bad):
+    name = write_jsonl(tmp_path / "a.jsonl", {"prompt": good}, {"prompt": bad})
+    row = 1 if isinstance(good, str) or good is MESSAGES else 0
+    with pytest.raises(
+        ValueError, match=rf"row {row} of dataset .* a prompt is a non-empty string"
+    ):
+        load_prompts(name, "train")
+
+
+def test_without_the_package_datasets(monkeypatch):
+    def import_module(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        load_prompts("a.jsonl", "train")
+
+
+WORDS = {word: i for i, word in enumerate(["<s>", "two", "words", "user", "system", "bot", "be"])}
+TEMPLATE = (
+    "<s> {% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}bot{% endif %}"
+)
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(WordLevel(WORDS, unk_token="<s>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_encoding_has_one_bos_and_the_generation_prompt():
+    tokenizer = make_tokenizer()
+    assert encode_prompt("two words", tokenizer) == [0, 1, 2]
+    assert encode_prompt("<s> two words", tokenizer) == [0, 1, 2]
+    assert encode_prompt(MESSAGES, tokenizer) == [0, 3, 1, 2, 5]
+
+
+def test_a_system_prompt_goes_in_front_unless_there_is_one():
+    tokenizer = make_tokenizer()
+    expected = [0, 4, 6, 3, 1, 2, 5]
+    assert encode_prompt("two words", tokenizer, system_prompt="be") == expected
+    assert encode_prompt(MESSAGES, tokenizer, system_prompt="be") == expected
+    own = [{"role": "system", "content": "be"}, *MESSAGES]
+    assert encode_prompt(own, tokenizer, system_prompt="two") == expected
+    assert len(MESSAGES) == 1
+
+
+def test_encodings_that_are_refused():
+    without = make_tokenizer(template=None)
+    assert encode_prompt("two", without) == [0, 1]
+    with pytest.raises(ValueError, match=r"set tokenizer\.chat_template, or use string prompts"):
+        encode_prompt(MESSAGES, without)
+    with pytest.raises(ValueError, match=r"set tokenizer\.chat_template"):
+        encode_prompt("two", without, system_prompt="be")
+    without.backend_tokenizer.post_processor = None
+    with pytest.raises(ValueError, match="'  ' encodes to no token"):
+        encode_prompt("  ", without)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 3), st.lists(st.integers(0, 25), max_size=6))
+def test_every_epoch_visits_every_row_once_however_it_is_taken(num_rows, seed, sizes):
+    sampler = PromptSampler(num_rows, seed)
+    taken = [row for size in sizes for row in sampler.take(size)]
+    assert taken == PromptSampler(num_rows, seed).take(sum(sizes))
+    assert sampler.epoch == pytest.approx(sum(sizes) / num_rows)
+    for start in range(0, len(taken) - num_rows + 1, num_rows):
+        assert sorted(taken[start : start + num_rows]) == list(range(num_rows))
+
+
+def test_orders_differ_between_epochs_and_seeds_and_do_not_move():
+    orders = [PromptSampler(50, seed).take(150) for seed in range(3)]
+    epochs = [tuple(order[i : i + 50]) for order in orders for i in (0, 50, 100)]
+    assert len(set(epochs)) == 9
+    assert PromptSampler(5, 0).take(10) == [1, 3, 2, 4, 0, 1, 3, 2, 0, 4]
+    assert PromptSampler(3, 0, shuffle=False).take(7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 30))
+def test_a_resumed_sampler_goes_on_where_it_was(num_rows, before, after):
+    sampler = PromptSampler(num_rows, 7)
+    sampler.take(before)
+    resumed = PromptSampler(num_rows, 7)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert resumed.epoch == sampler.epoch
+    assert resumed.take(after) == sampler.take(after)
+
+
+def test_sampler_refusals():
+    with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
+        PromptSampler(0, 0)
+    with pytest.raises(ValueError, match="row 6 but there are 5 rows"):
+        PromptSampler(5, 0).load_state_dict({"epoch": 0, "index": 6})
