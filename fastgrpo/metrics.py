@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .advantages import Advantages
+from .rollout import Completions
 
 SUMMED = frozenset(
     {"loss", "num_tokens", "num_sequences", "num_computed_rows", "num_gradient_rows"}
@@ -87,6 +90,43 @@ class StepMetrics:
         value = torch.where(weight > 0, value, worst)
         seen = self._extremes.get(name)
         self._extremes[name] = value if seen is None else choose(seen, value)
+
+
+def rollout_metrics(
+    reward_names: Sequence[str],
+    rewards_BK: Tensor,
+    advantages: Advantages,
+    completions: Completions,
+) -> dict[str, float]:
+    """Return what is known of completions before training on them, named as TRL names it.
+
+    Args:
+        reward_names: of the K reward functions.
+        rewards_BK: (B, K) what each gave each completion, NaN where it did not judge.
+        advantages: of the B completions.
+        completions: what was sampled.
+    """
+    lengths_B = completions.mask.sum(1).float()
+    metrics = {
+        "reward": _mean_and_std(advantages.rewards)[0],
+        "reward_std": advantages.group_std.mean().item(),
+        "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
+        "completions/mean_length": lengths_B.mean().item(),
+        "completions/min_length": lengths_B.min().item(),
+        "completions/max_length": lengths_B.max().item(),
+        "completions/clipped_ratio": 1 - completions.finished.float().mean().item(),
+    }
+    columns = {"advantages": advantages.advantages}
+    columns |= {f"rewards/{name}": rewards_BK[:, k] for k, name in enumerate(reward_names)}
+    for name, values_B in columns.items():
+        metrics[f"{name}/mean"], metrics[f"{name}/std"] = _mean_and_std(values_B)
+    return metrics
+
+
+def _mean_and_std(values_B: Tensor) -> tuple[float, float]:
+    """Return mean and sample standard deviation of what is no NaN; NaN and 0 if that is nothing."""
+    known = values_B[~values_B.isnan()]
+    return known.mean().item(), known.std().item() if len(known) > 1 else 0.0
 
 
 class MetricsWriter:

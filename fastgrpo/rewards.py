@@ -317,7 +317,10 @@ def _is_right(gold: str, completion: str) -> bool:
 def _bare(text: str) -> str:
     """Return what the last box holds, or all, without space, delimiters and text command."""
     text = _last_box(text).strip()
-    while match := _WRAPPED.fullmatch(text):
+    for _ in range(4):  # delimiters nest in twos; hostile text nests thousands
+        match = _WRAPPED.fullmatch(text)
+        if match is None:
+            break
         inner = next(group for group in match.groups() if group is not None).strip()
         if "$" in inner:  # "$1$ and $2$" is not one formula
             break

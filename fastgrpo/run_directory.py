@@ -27,12 +27,12 @@ class RunDirectory:
             ValueError: the directory holds something: a run is never overwritten.
         """
         self.path = _create(config.output_dir, name)
-        self._metrics = MetricsWriter(self.path / "metrics.jsonl")
         self._write("config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a step's line to metrics.jsonl."""
-        self._metrics.write(metrics)
+        with MetricsWriter(self.path / "metrics.jsonl") as writer:
+            writer.write(metrics)
 
     def add_completions(
         self,

@@ -27,7 +27,7 @@ from .console import Console
 from .data import PromptSampler, encode_prompt
 from .evaluate import evaluate
 from .loss import batch_logps, batch_loss, sampling_difference
-from .metrics import StepMetrics
+from .metrics import StepMetrics, rollout_metrics
 from .model import Policy, peak_memory_gib
 from .optim import build_optimizer, clip_gradients
 from .rewards import Reward, decode_completions, load_rewards, score
@@ -110,7 +110,7 @@ class Trainer:
                 batch, metrics = self.collect(step + 1, times)
                 for _ in range(min(self.config.num_iterations, self.num_steps - step)):
                     step += 1
-                    self.log(step, metrics | self.optimise(step, batch, times), times)
+                    self.log(step, batch, metrics | self.optimise(step, batch, times), times)
                     if self.config.save_steps and step % self.config.save_steps == 0:
                         self.save(self.run.path / "checkpoints" / f"step-{step}")
                     times = {}
@@ -178,8 +178,8 @@ class Trainer:
                 {r.name: rewards_BK[some, k].tolist() for k, r in enumerate(self.rewards)},
                 advantages.advantages[some].tolist(),
             )
-        finished = completions.finished.float().mean().item()
-        return batch, _rollout_metrics(self.rewards, rewards_BK, advantages, batch, finished)
+        names = [reward.name for reward in self.rewards]
+        return batch, rollout_metrics(names, rewards_BK, advantages, completions)
 
     def add_logps(self, batch: Batch) -> None:
         """Add the log-probs the loss will need beside the policy's own."""
@@ -218,12 +218,14 @@ class Trainer:
             self.optimizer.zero_grad()
         return totals.result() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def log(self, step: int, metrics: dict[str, float], times: dict[str, float]) -> None:
+    def log(
+        self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
+    ) -> None:
         """Write a step's line to metrics.jsonl and show it."""
         seconds = sum(times.values())
         metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
         metrics |= {f"time/{name}": value for name, value in times.items()}
-        metrics["tokens_per_second"] = metrics.pop("completions/tokens") / seconds
+        metrics["tokens_per_second"] = batch.num_completion_tokens / seconds
         metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
         self.run.add_metrics(metrics)
         self.console.step(metrics)
@@ -276,34 +278,6 @@ class Trainer:
         summary = self.run.finish(f"rewards/{judge}/mean", **summary)
         self.console.message(f"run directory: {self.run.path}")
         return summary
-
-
-def _rollout_metrics(
-    rewards: list[Reward],
-    rewards_BK: Tensor,
-    advantages: Advantages,
-    batch: Batch,
-    finished: float,
-) -> dict[str, float]:
-    """Return what is known of a batch before training on it, named as TRL names it."""
-    lengths = torch.tensor(batch.completion_lengths, dtype=torch.float32)
-    metrics = {
-        "reward": advantages.rewards.nanmean().item(),
-        "reward_std": advantages.group_std.mean().item(),
-        "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
-        "advantages/mean": advantages.advantages.mean().item(),
-        "advantages/std": advantages.advantages.std().item(),
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": 1 - finished,
-        "completions/tokens": batch.num_completion_tokens,
-    }
-    for k, reward in enumerate(rewards):
-        judged = rewards_BK[:, k][~rewards_BK[:, k].isnan()]
-        metrics[f"rewards/{reward.name}/mean"] = judged.mean().item()
-        metrics[f"rewards/{reward.name}/std"] = judged.std().item()
-    return metrics
 
 
 def _num_steps(config: TrainConfig, num_prompts: int) -> int:

@@ -112,6 +112,7 @@ def test_accuracy_names_the_columns_it_has():
         r"\boxed{" * 999,
         "{" * 9999,
         "$" + "(" * 9999 + "$",
+        r"\(" * 30000 + r"\)" * 30000,
         "<answer>" * 9999,
         "9^9^9^9",
         "1" * 20000,

@@ -255,7 +255,7 @@ def test_log_probs_and_entropies_and_both_gradients(dtype: torch.dtype, backend:
     upstream = torch.randn(2, 3, 5, device=DEVICE)
 
     def results(function: Any, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-        leaf = logits.to(dtype).requires_grad_()
+        leaf = logits.detach().to(dtype, copy=True).requires_grad_()
         logps, entropy = function(leaf, case.ids, mask=case.mask, temperature=0.7, **options)
         (logps * upstream[0] + entropy * upstream[1]).sum().backward()
         return [logps.detach(), entropy.detach(), leaf.grad]

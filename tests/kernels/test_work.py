@@ -167,7 +167,7 @@ def chunk_bytes(backend: str, itemsize: int, listed: bool, slice_bytes: int) -> 
     if itemsize == 2 and ON_CPU:
         step = slice_bytes // (4 * (C + H))
         dhidden = C * H * 4 + (C + H) * min(step, V) * 4
-        dweight = C * H * 4 + C * min(slice_bytes // (4 * C), V) * 4
+        dweight = 2 * C * H * 4 + C * min(slice_bytes // (4 * C), V) * 4  # dX of the chunk is there
         products = max(dhidden, dweight)
     row_step = C * V * (3 * 4 + 1) if backend == "torch" else 0
     least = C * V * itemsize + listed * C * H * itemsize + max(products, row_step)

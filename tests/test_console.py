@@ -1,0 +1,144 @@
+"""Plain lines without a terminal, a live area with one."""
+
+import math
+from io import StringIO
+
+import pytest
+from rich.console import Console as RichConsole
+
+from fastgrpo.console import Console
+
+
+def plain(logging_steps: int = 1) -> tuple[Console, StringIO]:
+    file = StringIO()
+    return Console(logging_steps=logging_steps, console=RichConsole(file=file, width=40)), file
+
+
+def live() -> tuple[Console, StringIO]:
+    file = StringIO()
+    rich = RichConsole(file=file, force_terminal=True, width=80, height=40, _environ={"TERM": "x"})
+    return Console(console=rich), file
+
+
+def test_a_plain_step_is_one_line_of_the_metrics_that_matter() -> None:
+    console, file = plain()
+    with console:
+        console.phase("train", 150)
+        console.step(
+            {
+                "step": 10,
+                "loss": -0.01234,
+                "reward": 0.41234,
+                "rewards/exact_match/mean": 0.375,
+                "rewards/exact_match/std": 0.5,
+                "tokens_per_second": 12345.6,
+                "grad_norm": math.nan,
+                "entropy": None,
+                "time/generate": 1.0,
+            }
+        )
+    assert file.getvalue() == (
+        "train: 150 steps\n"
+        "step 10/150  reward 0.412  rewards/exact_match/mean 0.375  loss -0.0123  entropy -  "
+        "grad_norm -  tokens_per_second 12,346\n"
+    )
+
+
+def test_plain_lines_come_at_the_first_the_last_and_every_logging_step() -> None:
+    console, file = plain(logging_steps=4)
+    with console:
+        console.phase("train", 10)
+        for step in range(1, 11):
+            console.step({"step": step, "reward": step / 10})
+    assert file.getvalue().splitlines() == [
+        "train: 10 steps",
+        "step 1/10  reward 0.1",
+        "step 4/10  reward 0.4",
+        "step 8/10  reward 0.8",
+        "step 10/10  reward 1",
+    ]
+
+
+def test_steps_without_a_number_or_a_total_are_counted() -> None:
+    console, file = plain()
+    console.phase("warm start", None)
+    console.step({"loss": 2.0})
+    console.step({"loss": 1.5})
+    console.phase("train", 2)
+    console.step({"loss": 1.0})
+    assert file.getvalue().splitlines() == [
+        "warm start",
+        "step 1  loss 2",
+        "step 2  loss 1.5",
+        "train: 2 steps",
+        "step 1/2  loss 1",
+    ]
+
+
+def test_the_step_before_an_error_is_not_lost() -> None:
+    console, file = plain(logging_steps=10)
+    with pytest.raises(RuntimeError, match="boom"), console:
+        console.phase("train", 100)
+        for step in (1, 2, 3):
+            console.step({"step": step, "loss": float(step)})
+        raise RuntimeError("boom")
+    assert file.getvalue().splitlines()[-2:] == ["step 1/100  loss 1", "step 3/100  loss 3"]
+
+
+def test_messages_are_neither_broken_nor_read_as_markup() -> None:
+    text = "run directory: /a/very/long/path/of/a/run/[red]/that/is/wider/than/the/terminal :smile:"
+    for console, file in (plain(), live()):
+        with console:
+            console.message(text)
+        assert text in file.getvalue()
+
+
+def test_the_table_shows_every_cell() -> None:
+    console, file = plain()
+    console.table(
+        "exact_match [test]",
+        ["decoding", "before", "after"],
+        [["greedy", "53.6%", "84.4%"], ["sampled", "34.8%", "69.7%"]],
+    )
+    lines = file.getvalue().splitlines()
+    assert lines[0].strip() == "exact_match [test]"
+    cells = [line.replace("┃", "│").split("│")[1:-1] for line in lines if "%" in line]
+    assert [[cell.strip() for cell in row] for row in cells] == [
+        ["greedy", "53.6%", "84.4%"],
+        ["sampled", "34.8%", "69.7%"],
+    ]
+
+
+def test_a_terminal_shows_the_progress_and_the_last_metrics() -> None:
+    console, file = live()
+    with console:
+        console.phase("warm start", None)
+        console.phase("train", 150)
+        console.step({"step": 7, "reward": 0.25, "rewards/exact_match/mean": 0.125, "kl": 0.5})
+    last = file.getvalue().rpartition("train")[2]
+    for text in ("7/150", "elapsed", "reward ", "0.25", "rewards/exact_match/mean", "0.125", "kl"):
+        assert text in last
+    assert "step 7/150" not in file.getvalue()
+
+
+def test_an_error_leaves_the_last_state_on_the_terminal_and_gives_it_back() -> None:
+    console, file = live()
+    with pytest.raises(RuntimeError, match="boom"), console:
+        console.phase("train", 10)
+        console.message("before the step")
+        console.step({"step": 3, "loss": 0.875})
+        raise RuntimeError("boom")
+    shown = file.getvalue()
+    assert "before the step" in shown
+    assert "3/10" in shown
+    assert "0.875" in shown
+    show_cursor = "\x1b[?25h"
+    assert shown.rindex(show_cursor) > shown.rindex("0.875")
+    console.message("afterwards")
+    assert file.getvalue().endswith("afterwards\n")
+
+
+def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console() as console:
+        console.phase("train", 3)
+    assert capsys.readouterr().out == "train: 3 steps\n"

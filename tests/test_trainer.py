@@ -1,0 +1,282 @@
+import json
+import math
+
+import pytest
+import torch
+from small_models import save_small_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastgrpo.assets import Assets, load_assets
+from fastgrpo.config import config_from, load_config
+from fastgrpo.rollout import SamplingParams
+from fastgrpo.rollout.static import StaticCacheRollout
+from fastgrpo.trainer import Trainer
+
+# What a model of random weights can learn in seconds: to write more of one letter.
+REWARD = """
+def letter_e(completions, answer, **columns):
+    assert len(answer) == len(completions)
+    return [text.count("e") / max(len(text), 1) for text in completions]
+
+def judges_nothing(completions, **columns):
+    return [None] * len(completions)
+"""
+
+
+@pytest.fixture
+def word_problems(tmp_path):
+    rows = [
+        {
+            "prompt": f"Ann has {n} eggs and sells {n // 2}. How many are left?\n",
+            "answer": f"She sells {n // 2}, so {n} - {n // 2} = {n - n // 2}.\n#### {n - n // 2}",
+        }
+        for n in range(2, 34)
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    return path
+
+
+def run_config(tmp_path, dataset, model, **values):
+    return config_from(
+        {
+            "model_name_or_path": model,
+            "dataset_name": str(dataset),
+            "output_dir": str(tmp_path / "run"),
+            "reward_funcs": [f"{tmp_path}/my_rewards.py:letter_e"],
+            "num_generations": 4,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 2,
+            "max_completion_length": 12,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_steps": 12,
+            "save_steps": 5,
+            "cpu_threads": 1,
+            **values,
+        }
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("family", "tie", "loss_type"), [("llama", False, "dapo"), ("qwen2", True, "grpo")]
+)
+def test_a_real_run_on_local_files_learns_and_its_checkpoint_scores_the_same(
+    tmp_path, word_problems, family, tie, loss_type
+):
+    model = save_small_model(tmp_path / "model", family, tie)
+    config = run_config(
+        tmp_path,
+        word_problems,
+        model,
+        loss_type=loss_type,
+        dataset_test_split="train",
+        max_steps=24,
+        save_steps=10,
+    )
+    trainer = Trainer(config)
+    summary = trainer.train()
+    run = tmp_path / "run"
+
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 25))
+    assert metrics[0]["reward"] < 0.1
+    assert sum(m["reward"] for m in metrics[-3:]) / 3 > 0.3
+    for m in metrics:
+        assert m["reward"] == pytest.approx(m["rewards/letter_e/mean"], abs=1e-6)
+        assert m["clip_ratio/region_mean"] == 0  # on-policy
+        assert m["sampling/sampling_logp_difference/max"] < 1e-4
+        assert m["num_sequences"] == 32
+        assert math.isfinite(m["grad_norm"])
+    assert metrics[-1]["num_tokens"] > metrics[0]["num_tokens"] > 32 * 12
+
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-10", "step-20"]
+    sampled = summary["test"]["sampled"]
+    assert sampled["after"] > sampled["before"] + 0.2
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    reloaded = AutoModelForCausalLM.from_pretrained(run / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    again = Trainer(
+        run_config(tmp_path, word_problems, model, output_dir=str(tmp_path / "again")),
+        Assets(model=reloaded, tokenizer=tokenizer, train_dataset=trainer.train_dataset),
+    )
+    for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        score = again.measure(trainer.test_dataset, temperature)
+        assert score == pytest.approx(summary["test"][how]["after"], abs=1e-6)
+
+
+def test_completions_are_logged_with_rewards_and_advantages(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    config = run_config(
+        tmp_path,
+        word_problems,
+        model,
+        max_steps=2,
+        reward_funcs=[f"{tmp_path}/my_rewards.py:{f}" for f in ("letter_e", "judges_nothing")],
+    )
+    Trainer(config).train()
+    completions = lines(tmp_path / "run" / "completions.jsonl")
+    assert [c["step"] for c in completions] == [1] * 4 + [2] * 4
+    group = completions[:4]
+    assert len({c["prompt"] for c in group}) == 1
+    rewards = [c["rewards"]["letter_e"] for c in group]
+    assert rewards == [c["completion"].count("e") / len(c["completion"]) for c in group]
+    assert all(c["rewards"]["judges_nothing"] is None for c in group)
+    values = torch.tensor(rewards, dtype=torch.float64)
+    expected = (values - values.mean()) / (values.std() + 1e-4)
+    assert [c["advantage"] for c in group] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    results = []
+    for name in ("a", "b"):
+        config = run_config(
+            tmp_path, word_problems, model, max_steps=3, output_dir=str(tmp_path / name)
+        )
+        trainer = Trainer(config)
+        trainer.train()
+        results.append([p.detach().clone() for p in trainer.policy.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_reference_is_where_the_run_began_and_the_kl_grows_from_0(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    trainer = Trainer(run_config(tmp_path, word_problems, model, beta=0.01, max_steps=4))
+    trainer.train()
+    kl = [m["kl"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert kl[0] == pytest.approx(0, abs=1e-9)
+    assert kl[0] < kl[1] < kl[3]
+    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for name, value in trainer.reference.model.state_dict().items():
+        assert torch.equal(value, start[name])
+
+
+def test_iterations_reuse_a_batch_and_measure_how_far_the_policy_moved(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    Trainer(run_config(tmp_path, word_problems, model, num_iterations=2, max_steps=4)).train()
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[0]["reward"] == metrics[1]["reward"] != metrics[2]["reward"]
+    assert metrics[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert metrics[1]["sampling/sampling_logp_difference/max"] > 1e-2
+    assert metrics[0]["clip_ratio/region_mean"] == 0 < metrics[1]["clip_ratio/region_mean"]
+
+
+def test_steps_follow_from_epochs(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    config = run_config(tmp_path, word_problems, model, max_steps=-1, num_train_epochs=1.5)
+    assert Trainer(config).num_steps == 6  # 32 prompts, 8 a step
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    trainer = Trainer(run_config(tmp_path, word_problems, model))
+    batch, _ = trainer.collect(1, {})
+    batch.advantages[0] = math.nan
+    before = [p.detach().clone() for p in trainer.policy.model.parameters()]
+    with pytest.raises(RuntimeError, match="step 1: the norm of the gradient is nan"):
+        trainer.optimise(1, batch, {})
+    after = trainer.policy.model.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_chat_prompts_go_through_the_template_and_come_back_as_messages(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    message = {"role": "user", "content": "two plus two?"}
+    path.write_text(json.dumps({"prompt": [message], "answer": "4"}) + "\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "def answered(prompts, completions, answer, **columns):\n"
+        "    assert prompts[0] == [{'role': 'user', 'content': 'two plus two?'}]\n"
+        "    assert completions[0][0]['role'] == 'assistant'\n"
+        "    return [float(answer[0] in c[0]['content']) for c in completions]\n"
+    )
+    model = save_small_model(tmp_path / "model")
+    config = run_config(
+        tmp_path, path, model, reward_funcs=[f"{tmp_path}/my_rewards.py:answered"], max_steps=1
+    )
+    trainer = Trainer(config)
+    batch, metrics = trainer.collect(1, {})
+    text = trainer.policy.tokenizer.decode(batch.input_ids[0, : batch.prompt_lengths[0]])
+    assert text == "[user]two plus two?\n[assistant]"
+    assert 0 <= metrics["rewards/answered/mean"] <= 1
+
+
+def test_the_gsm8k_configuration_is_one_that_runs(tmp_path):
+    """The very path of configs/gsm8k_qwen2.5_0.5b.yaml, on local files in GSM8K's format."""
+    path = tmp_path / "gsm8k.jsonl"
+    rows = [
+        {"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"}
+        for n in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = save_small_model(tmp_path / "model", "qwen2", tie=True)
+    config = load_config(
+        "configs/gsm8k_qwen2.5_0.5b.yaml",
+        [
+            f"model_name_or_path={model}",
+            f"dataset_name={path}",
+            "dataset_config=null",
+            "dataset_test_split=train",
+            "max_eval_samples=4",
+            f"output_dir={tmp_path / 'run'}",
+            "max_completion_length=6",
+            "max_steps=2",
+            "save_steps=0",
+        ],
+    )
+    summary = Trainer(config).train()
+    assert summary["test"]["greedy"] == {"before": 0.0, "after": 0.0}
+    (first, _) = lines(tmp_path / "run" / "metrics.jsonl")
+    expected = 1.0 * first["rewards/accuracy/mean"] + 0.1 * first["rewards/format/mean"]
+    expected += 0.05 * first["rewards/tag_count/mean"]
+    assert first["reward"] == pytest.approx(expected, abs=1e-6)
+    assert "What is" in lines(tmp_path / "run" / "completions.jsonl")[0]["prompt"]
+
+
+def test_assets_load_before_anything_is_written(tmp_path, word_problems, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = save_small_model(tmp_path / "model")
+    config = run_config(tmp_path, word_problems, model, reward_funcs=["acuracy"])
+    with pytest.raises(ValueError, match="accuracy"):
+        Trainer(config)
+    config = run_config(tmp_path, word_problems, str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        Trainer(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_holds_something_is_refused(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir: .* exists and is not an empty directory"):
+        Trainer(run_config(tmp_path, word_problems, model))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_greedy_completions_of_a_trained_policy_are_those_of_generate(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    trainer = Trainer(run_config(tmp_path, word_problems, model, max_steps=3))
+    trainer.train()
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    ids = trainer.policy.tokenizer("Ann has 4 eggs")["input_ids"]
+    rollout = StaticCacheRollout(final, eos_token_ids=[1], pad_token_id=0)
+    ours = rollout.generate([ids], 1, SamplingParams(max_completion_length=8, temperature=0))
+    theirs = final.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)
+    assert ours.token_lists()[0] == theirs[0, len(ids) :].tolist()
+
+
+def test_own_objects_need_no_names(tmp_path, word_problems):
+    model = save_small_model(tmp_path / "model")
+    named = load_assets(run_config(tmp_path, word_problems, model))
+    config = config_from({"output_dir": str(tmp_path / "run"), "max_completion_length": 8})
+    assert Trainer(config, named).num_steps == 32  # one prompt a step
+    with pytest.raises(ValueError, match="model_name_or_path: required"):
+        Trainer(config)
