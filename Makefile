@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # torch goes first and by its exact version, so that pip takes a local CPU build where there is one.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -36,6 +36,8 @@ Completion = str | list[dict[str, Any]]
 
 CHECK_TIMEOUT_S = 5.0
 """Seconds that math-verify may take over one pair of answers."""
+ANSWER_CHARACTERS = 2000
+"""How much of an answer is read, from its end: math-verify is slow on long hostile text."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def accuracy(completions: Sequence[Completion], **columns: Any) -> list[float | 
 
     The right answer is the column `solution`, or else `answer`: what follows its last `####`
     (GSM8K) if there is one. A completion's answer is what its last `<answer>...</answer>` holds,
-    or else all of it. In both, the last `\boxed{}` wins over the text around it. Then:
+    or else all of it. In both, the last `\boxed{}` wins over the text around it, and only the last
+    `ANSWER_CHARACTERS` are read. Then:
 
     - equal text is right, without outer space, maths delimiters and `\text{}`;
     - two plain numbers ("1,000", "$18", "72.0", "1e3") are compared as numbers, exactly;
@@ -316,11 +319,8 @@ def _is_right(gold: str, completion: str) -> bool:
 
 def _bare(text: str) -> str:
     """Return what the last box holds, or all, without space, delimiters and text command."""
-    text = _last_box(text).strip()
-    for _ in range(4):  # delimiters nest in twos; hostile text nests thousands
-        match = _WRAPPED.fullmatch(text)
-        if match is None:
-            break
+    text = _last_box(text)[-ANSWER_CHARACTERS:].strip()
+    while match := _WRAPPED.fullmatch(text):
         inner = next(group for group in match.groups() if group is not None).strip()
         if "$" in inner:  # "$1$ and $2$" is not one formula
             break

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from .advantages import Advantages, group_advantages
+from .advantages import group_advantages
 from .assets import Assets, load_assets
 from .batch import Batch, make_batch
 from .checkpoint import save_checkpoint
@@ -30,7 +29,7 @@ from .loss import batch_logps, batch_loss, sampling_difference
 from .metrics import StepMetrics, rollout_metrics
 from .model import Policy, peak_memory_gib
 from .optim import build_optimizer, clip_gradients
-from .rewards import Reward, decode_completions, load_rewards, score
+from .rewards import decode_completions, load_rewards, score
 from .rollout import SamplingParams
 from .rollout.static import StaticCacheRollout
 from .run_directory import RunDirectory

@@ -47,6 +47,12 @@ def test_every_kind_of_file(tmp_path):
         assert load_prompts(name, "train").to_dict() == rows
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", {"prompt": "at home"})
+    assert load_prompts("~/a.jsonl", "train")["prompt"][0] == "at home"
+
+
 def test_prompts_of_messages(tmp_path):
     name = write_jsonl(tmp_path / "a.jsonl", {"prompt": MESSAGES}, {"prompt": MESSAGES * 2})
     assert list(load_prompts(name, "train")["prompt"]) == [MESSAGES, MESSAGES * 2]

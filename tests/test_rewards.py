@@ -56,6 +56,7 @@ def judge(gold, completion) -> float | None:
         ("Paris", r"\boxed{\text{Paris}}"),
         ("Apollo 11", "<answer>Apollo 11</answer>"),
         ("72", "<answer>3</answer> no: <answer>72</answer>"),
+        ("72", "word " * 9999 + "so it is 72."),
         ("72", [{"role": "assistant", "content": "<answer>72</answer>"}]),
         (72, "72"),
         (0.5, "1/2"),

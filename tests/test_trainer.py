@@ -127,7 +127,8 @@ def test_completions_are_logged_with_rewards_and_advantages(tmp_path, word_probl
     group = completions[:4]
     assert len({c["prompt"] for c in group}) == 1
     rewards = [c["rewards"]["letter_e"] for c in group]
-    assert rewards == [c["completion"].count("e") / len(c["completion"]) for c in group]
+    shares = [c["completion"].count("e") / len(c["completion"]) for c in group]
+    assert rewards == pytest.approx(shares, abs=1e-7)
     assert all(c["rewards"]["judges_nothing"] is None for c in group)
     values = torch.tensor(rewards, dtype=torch.float64)
     expected = (values - values.mean()) / (values.std() + 1e-4)

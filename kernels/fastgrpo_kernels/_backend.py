@@ -28,9 +28,9 @@ def row_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Modul
         raise ValueError("backend='triton' needs the package triton: install it or use 'torch'")
     if dtype == torch.float64:
         raise ValueError("backend='triton' computes in float32: use 'torch' for float64 inputs")
-    import triton
+    from triton import knobs
 
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not knobs.runtime.interpret:
         raise ValueError(
             "backend='triton' on CPU tensors runs only under TRITON_INTERPRET=1, set before triton "
             "is imported: use 'torch'"

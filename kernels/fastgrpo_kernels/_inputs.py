@@ -48,8 +48,6 @@ class LossArguments(TypedDict, total=False):
     """Sequences of the whole optimisation step, for `grpo` and `dr_grpo`; None: of this call."""
     entropy_denominator: Number | None
     """Divides the entropy bonus; None: the counted tokens of this call."""
-    config: GRPOLossConfig
-    """The mathematics; default `GRPOLossConfig()`."""
 
 
 @dataclass(frozen=True)

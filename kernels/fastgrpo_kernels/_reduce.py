@@ -25,11 +25,16 @@ class RowResults:
     clip_N: Tensor  # int8: -1 clipped below, +1 clipped above, 0 not clipped
 
     @classmethod
-    def zeros(cls, num_tokens: int, with_kl: bool, device: torch.device, dtype: torch.dtype):
+    def zeros(
+        cls, num_tokens: int, with_kl: bool, device: torch.device, dtype: torch.dtype
+    ) -> RowResults:
         """Make room for the results of N rows."""
-        vectors = torch.zeros(5 if with_kl else 4, num_tokens, device=device, dtype=dtype)
-        clip_N = torch.zeros(num_tokens, device=device, dtype=torch.int8)
-        return cls(*vectors[:4], vectors[4] if with_kl else None, clip_N)
+
+        def zeros(dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(num_tokens, device=device, dtype=dtype)
+
+        kl_N = zeros() if with_kl else None
+        return cls(zeros(), zeros(), zeros(), zeros(), kl_N, zeros(torch.int8))
 
 
 def reduce_rows(

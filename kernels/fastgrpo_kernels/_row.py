@@ -11,6 +11,7 @@ C rows of a chunk, N tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -355,7 +356,7 @@ def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
         )
 
 
-def launch_options(vocabulary: int) -> dict[str, int]:
+def launch_options(vocabulary: int) -> dict[str, Any]:
     """Return block size and warps for a vocabulary; fixed, since tuning would move the rounding."""
     block = min(8192, triton.next_power_of_2(vocabulary))
     return {"BLOCK_V": block, "num_warps": max(1, min(16, block // 512))}

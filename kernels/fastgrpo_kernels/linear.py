@@ -39,6 +39,7 @@ def linear_grpo_loss(
     grad_buffer: Tensor | None = None,
     grad_scale: float = 1.0,
     backend: Literal["auto", "triton", "torch"] = "auto",
+    config: GRPOLossConfig = GRPOLossConfig(),
     **arguments: Unpack[LossArguments],
 ) -> GRPOLossOutput:
     """Compute the GRPO loss of an LM head, and its gradients, without the logits of all tokens.
@@ -64,7 +65,8 @@ def linear_grpo_loss(
         grad_buffer: not built yet.
         grad_scale: belongs to grad_buffer.
         backend: "triton", "torch" or "auto": Triton on a GPU.
-        **arguments: mask, log-probs, denominators, config: see `LossArguments`.
+        config: the mathematics.
+        **arguments: mask, log-probs, denominators: see `LossArguments`.
 
     Returns:
         The loss (differentiable to hidden, weight and bias), log-probs, entropies and metrics.
@@ -80,7 +82,6 @@ def linear_grpo_loss(
     )
     if grad_scale != 1.0:
         raise ValueError(f"grad_scale={grad_scale} belongs to grad_buffer, which was not given")
-    config = arguments.pop("config", GRPOLossConfig())
     head = Head(hidden, weight, bias, completion_ids)
     batch = flatten(completion_ids, advantages, head.device, config=config, **arguments)
     check_ids(batch.ids_N, batch.mask_N, head.vocabulary)
@@ -98,9 +99,6 @@ def linear_grpo_loss(
             row_step.loss_rows(logits_CV, dlogits_CV, tokens, batch, rows, config)
             if active:
                 gradients.add(tokens, logits_CV, hidden_CH)
-        if statistics == "active":
-            skipped_N = (batch.state_N == COUNTED).to(head.device)
-            rows.logps_N.masked_fill_(skipped_N, torch.nan)
         loss, metrics = reduce_rows(
             rows,
             batch,
@@ -109,6 +107,8 @@ def linear_grpo_loss(
             mean_over=plan.num_computed if statistics == "active" else None,
         )
         if statistics == "active":
+            skipped_N = (batch.state_N == COUNTED).to(head.device)
+            rows.logps_N.masked_fill_(skipped_N, torch.nan)
             rows.entropy_N.masked_fill_(skipped_N, torch.nan)
     if head.wants_gradient:
         loss = _KnownGradients.apply(

@@ -36,6 +36,7 @@ def grpo_loss(
     *,
     inplace: bool = False,
     backend: Literal["auto", "triton", "torch"] = "auto",
+    config: GRPOLossConfig = GRPOLossConfig(),
     **arguments: Unpack[LossArguments],
 ) -> GRPOLossOutput:
     """Compute the GRPO loss from logits.
@@ -50,7 +51,8 @@ def grpo_loss(
             in all, no second tensor. The logits are gone, and backward can run once. False: the
             gradient is a new tensor, written in backward.
         backend: "triton", "torch" or "auto": Triton on a GPU.
-        **arguments: mask, log-probs, denominators, config: see `LossArguments`.
+        config: the mathematics.
+        **arguments: mask, log-probs, denominators: see `LossArguments`.
 
     Returns:
         The loss (differentiable to logits), log-probs, entropies and metrics.
@@ -59,7 +61,6 @@ def grpo_loss(
         ValueError: shapes, types, devices or values that do not fit; the message holds them.
         NotImplementedError: an option that is not built yet, by name.
     """
-    config = arguments.pop("config", GRPOLossConfig())
     _check_logits(logits, completion_ids)
     batch = flatten(completion_ids, advantages, logits.device, config=config, **arguments)
     check_ids(batch.ids_N, batch.mask_N, logits.shape[-1])

@@ -6,7 +6,7 @@ in `GRPOLossConfig`; `kernels/README.md` derives the gradients.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeVar, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from .config import GRPOLossConfig, GRPOLossOutput
 
 # exp of more than this is not needed to see that policies have drifted apart, and overflows soon.
 MAX_EXPONENT = 60.0
-
-_Values = TypeVar("_Values", Tensor, Tensor | None)
 
 
 class TokenLosses(NamedTuple):
@@ -91,6 +89,7 @@ def policy_loss(
     advantages: Tensor,  # (B,) one a sequence, or (B, T) / (N,) one a token
     *,
     entropy: Tensor | None = None,  # like logps
+    config: GRPOLossConfig = GRPOLossConfig(),
     **arguments: Unpack[LossArguments],
 ) -> GRPOLossOutput:
     """Compute the GRPO loss from log-probs, by torch autograd: for trainers that have them already.
@@ -99,7 +98,8 @@ def policy_loss(
         logps: log-probs of the completion's tokens under the policy, temperature applied.
         advantages: of each sequence, or of each token.
         entropy: of each token's distribution; only reported.
-        **arguments: see `LossArguments`.
+        config: the mathematics; its temperature is in `logps` already.
+        **arguments: mask, log-probs, denominators: see `LossArguments`.
 
     Returns:
         The loss, differentiable to `logps`, and the metrics; `.logps` and `.entropy` are the
@@ -108,7 +108,6 @@ def policy_loss(
     Raises:
         ValueError: a shape, device or value does not fit.
     """
-    config = arguments.pop("config", GRPOLossConfig())
     dtype = torch.promote_types(logps.dtype, torch.float32)
     batch = flatten(logps, advantages, logps.device, dtype, config=config, **arguments)
     layout = Layout(logps, arguments.get("cu_seqlens"))
@@ -136,10 +135,11 @@ def policy_rows(
 ) -> RowResults:
     """Return what every row contributes, 0 where masked, `loss_N` with its graph."""
 
-    def counted(values_N: _Values) -> _Values:
-        if values_N is None or batch.mask_N is None:
-            return values_N
-        return torch.where(batch.mask_N, values_N, 0)
+    def counted(values_N: Tensor) -> Tensor:
+        return values_N if batch.mask_N is None else torch.where(batch.mask_N, values_N, 0)
+
+    def counted_if_given(values_N: Tensor | None) -> Tensor | None:
+        return None if values_N is None else counted(values_N)
 
     # What stands behind the mask is replaced before anything is computed from it: the derivative
     # of a NaN is NaN even where its value is not used.
@@ -147,9 +147,9 @@ def policy_rows(
     policy_N, kl_N, clip_N = token_losses(
         logps_N,
         counted(batch.advantages_N),
-        counted(batch.old_logps_N),
-        counted(batch.ref_logps_N),
-        counted(batch.policy_weight_N),
+        counted_if_given(batch.old_logps_N),
+        counted_if_given(batch.ref_logps_N),
+        counted_if_given(batch.policy_weight_N),
         config,
     )
     loss_N = policy_N if kl_N is None else policy_N + config.beta * kl_N

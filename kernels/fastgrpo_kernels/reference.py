@@ -69,17 +69,18 @@ def grpo_loss(
     logits: Tensor,  # (B, T, V) or (N, V)
     completion_ids: Tensor,  # (B, T) or (N,) int64
     advantages: Tensor,  # (B,) one a sequence, or (B, T) / (N,) one a token
+    *,
+    config: GRPOLossConfig = GRPOLossConfig(),
     **arguments: Unpack[LossArguments],
 ) -> GRPOLossOutput:
     """Return the loss and its metrics, differentiable to `logits`; see `LossArguments`."""
-    config = arguments.get("config", GRPOLossConfig())
     logps, entropy = selective_logps(
         logits.view(*completion_ids.shape, -1),
         completion_ids,
         mask=arguments.get("completion_mask"),
         temperature=config.temperature,
     )
-    return policy_loss(logps, advantages, entropy=entropy, **arguments)
+    return policy_loss(logps, advantages, entropy=entropy, config=config, **arguments)
 
 
 def linear_grpo_loss(
@@ -89,12 +90,13 @@ def linear_grpo_loss(
     advantages: Tensor,  # (B,) one a sequence, or (B, T) / (N,) one a token
     *,
     bias: Tensor | None = None,  # (V,)
+    config: GRPOLossConfig = GRPOLossConfig(),
     **arguments: Unpack[LossArguments],
 ) -> GRPOLossOutput:
     """Return `grpo_loss` of the logits `hidden @ weight.T + bias`."""
     mask = arguments.get("completion_mask")
     logits = _logits(hidden, weight, completion_ids, bias, mask)
-    return grpo_loss(logits, completion_ids, advantages, **arguments)
+    return grpo_loss(logits, completion_ids, advantages, config=config, **arguments)
 
 
 def _logits(

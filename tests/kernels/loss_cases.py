@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from fastgrpo_kernels import GRPOLossConfig, GRPOLossOutput, reference
 from torch import Tensor
+
+from fastgrpo_kernels import GRPOLossConfig, GRPOLossOutput, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")

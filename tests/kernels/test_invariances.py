@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import linear_grpo_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import DEVICE, Case, Result, factors, linear_result, make_case
 from torch import Tensor
+
+from fastgrpo_kernels import linear_grpo_loss
 
 settings.register_profile("kernels", deadline=None, max_examples=15, derandomize=True)
 few = settings.get_profile("kernels")

@@ -1,4 +1,4 @@
-"""The loss from hidden states, fused, against `reference` in fp64; and all that its doc promises."""
+"""The fused loss from hidden states against `reference` in fp64, and all that its doc promises."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_logps, reference
 from loss_cases import (
     BACKENDS,
     DEVICE,
@@ -25,6 +24,8 @@ from loss_cases import (
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from fastgrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_logps, reference
 
 CASES = {
     # what the numbers cover: a peaked head, factors, clipping, KL, temperature, skipped rows

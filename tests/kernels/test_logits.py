@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import GRPOLossConfig, grpo_loss, reference, selective_logps
 from loss_cases import (
     DEVICE,
     DTYPES,
@@ -21,6 +20,8 @@ from loss_cases import (
     rounding_allowance,
 )
 from torch import Tensor
+
+from fastgrpo_kernels import GRPOLossConfig, grpo_loss, reference, selective_logps
 
 INPLACE = pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, reference
 from loss_cases import BACKENDS, Case, factors, linear_result, make_case
 from torch import Tensor
+
+from fastgrpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, reference
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 
@@ -41,7 +42,7 @@ def transcription(
 
     logps: list[list[Any]] = [[0.0] * T for _ in range(B)]
     entropies: list[list[Any]] = [[0.0] * T for _ in range(B)]
-    sums = {k: 0.0 for k in ("policy_loss", "kl", "entropy", "low", "high")}
+    sums = dict.fromkeys(("policy_loss", "kl", "entropy", "low", "high"), 0.0)
     per_sequence: list[Tensor] = []
     lengths: list[int] = []
     for i in range(B):

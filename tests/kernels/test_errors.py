@@ -1,0 +1,411 @@
+"""Whatever does not fit is refused with a sentence that holds the name and the value or shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from loss_cases import DEVICE
+from torch import Tensor
+
+from fastgrpo_kernels import (
+    GRPOLossConfig,
+    grpo_loss,
+    importance_weights,
+    linear_grpo_loss,
+    linear_logps,
+    off_policy_mask,
+    policy_loss,
+    reference,
+    selective_logps,
+    top_entropy_mask,
+)
+
+nan, inf = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("loss_type", "ppo"),
+        ("importance_sampling_level", "word"),
+        ("kl_estimator", "k4"),
+        ("cispo_bounds", "both"),
+        *((f, v) for f in ("epsilon_low", "epsilon_high", "beta") for v in (-0.1, nan, inf)),
+        ("epsilon_low", 1.5),
+        *(
+            (f, v)
+            for f in (
+                "temperature",
+                "logit_scale",
+                "sapo_temperature_pos",
+                "sapo_temperature_neg",
+                "vespo_k_pos",
+                "vespo_lambda_pos",
+                "vespo_k_neg",
+                "vespo_lambda_neg",
+                "gmpo_clip",
+            )
+            for v in (0, -1.0, nan, inf)
+        ),
+        ("entropy_coef", nan),
+        ("entropy_coef", inf),
+        ("delta", 1.2),
+        ("delta", nan),
+        ("logit_softcap", 0.0),
+        ("logit_softcap", nan),
+        ("max_completion_length", 0),
+    ],
+)
+def test_bad_values_of_the_config_name_field_and_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{field} must be .*got {re.escape(repr(value))}$"):
+        GRPOLossConfig(**{field: value})
+
+
+def test_dr_grpo_needs_its_constant() -> None:
+    with pytest.raises(ValueError, match=r"dr_grpo.* max_completion_length"):
+        GRPOLossConfig(loss_type="dr_grpo")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("loss_type", v) for v in ("luspo", "cispo", "sapo", "vespo", "gmpo")),
+        ("importance_sampling_level", "sequence"),
+        ("kl_estimator", "k1"),
+        ("kl_estimator", "k2"),
+        ("use_bias_correction_kl", True),
+        ("logit_scale", 0.5),
+        ("logit_softcap", 30.0),
+        ("entropy_coef", 0.01),
+        ("skip_empty_sequences", True),
+    ],
+)
+def test_options_that_are_not_built_say_so_by_name(field: str, value: Any) -> None:
+    with pytest.raises(NotImplementedError, match=rf"^{field}={value!r} is not built yet"):
+        GRPOLossConfig(**{field: value})
+
+
+def test_the_config_is_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GRPOLossConfig().beta = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        GRPOLossConfig("dapo")  # pyright: ignore[reportCallIssue]
+
+
+def inputs() -> dict[str, Any]:
+    return {
+        "hidden": torch.ones(2, 3, 4, device=DEVICE),
+        "weight": torch.ones(7, 4, device=DEVICE),
+        "completion_ids": torch.zeros(2, 3, dtype=torch.int64, device=DEVICE),
+        "advantages": torch.ones(2, device=DEVICE),
+        "backend": "torch",
+    }
+
+
+def call(**changes: Any) -> None:
+    linear_grpo_loss(**{**inputs(), **changes})
+
+
+def ones(*shape: int, **options: Any) -> Tensor:
+    return torch.ones(shape, device=DEVICE, **options)
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+
+
+def cu(*bounds: int) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+
+
+PACKED = {"hidden": ones(6, 4), "completion_ids": ids(6)}
+ELSEWHERE = "meta"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # the head
+        ({"weight": ones(7, 5)}, "weight must be (V, 4) for hidden states (2, 3, 4), got (7, 5)"),
+        ({"weight": ones(7)}, "weight must be (V, 4) for hidden states (2, 3, 4), got (7,)"),
+        ({"hidden": ones(2, 4, 4)}, "hidden must be (2, 3, 'H') for ids (2, 3), got (2, 4, 4)"),
+        ({"hidden": ones(6, 4)}, "hidden must be (2, 3, 'H') for ids (2, 3), got (6, 4)"),
+        ({"bias": ones(6)}, "bias must be (7,), got (6,)"),
+        ({"bias": ones(7).half()}, "bias must be torch.float32 as hidden is, got torch.float16"),
+        ({"weight": ones(7, 4).half()}, "got torch.float32 and torch.float16"),
+        (
+            {"hidden": ids(2, 3, 4), "weight": ids(7, 4)},
+            "one floating-point type, got torch.int64 and torch.int64",
+        ),
+        ({"weight": torch.ones(7, 4, device=ELSEWHERE)}, "weight is on meta, the rest is on"),
+        # options of the call
+        ({"method": "fast"}, "method must be one of auto, single_pass, recompute, got 'fast'"),
+        ({"statistics": "none"}, "statistics must be one of all, active, got 'none'"),
+        (
+            {"statistics": "active", "skip_rows": False},
+            "statistics='active' skips rows: it needs skip_rows=True",
+        ),
+        ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
+        ({"grad_scale": 0.5}, "grad_scale=0.5 belongs to grad_buffer"),
+        ({"backend": "cuda"}, "backend must be 'auto', 'triton' or 'torch', got 'cuda'"),
+        # tokens
+        ({"completion_ids": ids(2, 3) - 1}, "holds -1 at token 0, outside [0, 7)"),
+        (
+            {"completion_ids": torch.tensor([[0, 1, 2], [3, 7, 9]], device=DEVICE)},
+            "holds 7 at token 4, outside [0, 7)",
+        ),
+        ({"completion_ids": ids(2, 3).float()}, "completion_ids must be int64, got torch.float32"),
+        (
+            {"hidden": ones(1, 2, 3, 4), "completion_ids": ids(1, 2, 3)},
+            "hidden must be (1, 2, 3, 'H') for ids (1, 2, 3)",
+        ),
+        (
+            {"completion_mask": ones(2, 3) * 0.5},
+            "completion_mask must hold 0 and 1 only, got [0.5]",
+        ),
+        ({"completion_mask": ones(3, 2)}, "completion_mask must have shape (2, 3), got (3, 2)"),
+        # one value per token or per sequence
+        (
+            {"advantages": ones(3)},
+            "advantages must have shape (2,) or (2, 1) or (2, 3), got (3,)",
+        ),
+        (
+            {**PACKED, "advantages": ones(2)},
+            "advantages must have shape (6,) or (6, 1), got (2,)",
+        ),
+        (
+            {**PACKED, "cu_seqlens": cu(0, 2, 6), "advantages": ones(3)},
+            "advantages must have shape (2,) or (2, 1) or (6,) or (6, 1), got (3,)",
+        ),
+        ({"old_logps": ones(2)}, "old_logps must have shape (2, 3), got (2,)"),
+        (
+            {"ref_logps": ones(6), "config": GRPOLossConfig(beta=0.1)},
+            "ref_logps must have shape (2, 3), got (6,)",
+        ),
+        ({"importance_sampling_ratio": ones(3)}, "importance_sampling_ratio must have shape"),
+        ({"policy_weight": ones(1)}, "policy_weight must have shape"),
+        ({"entropy_mask": ones(3, 2)}, "entropy_mask must have shape"),
+        *(
+            ({name: torch.ones(2, 3, device=ELSEWHERE)}, f"{name} is on meta, the rest is on")
+            for name in ("old_logps", "importance_sampling_ratio", "policy_weight", "entropy_mask")
+        ),
+        # the reference
+        ({"ref_logps": ones(2, 3)}, "if and only if beta > 0: beta=0.0, was given"),
+        (
+            {"config": GRPOLossConfig(beta=0.1)},
+            "if and only if beta > 0: beta=0.1, is missing",
+        ),
+        # sequences
+        ({"cu_seqlens": cu(0, 3, 6)}, "cu_seqlens belongs to the packed layout"),
+        (
+            {**PACKED, "cu_seqlens": cu(0, 3, 5)},
+            "from 0 to the number of tokens 6, got [0, 3, 5] ... 5",
+        ),
+        ({**PACKED, "cu_seqlens": cu(1, 3, 6)}, "got [1, 3, 6] ... 6"),
+        ({**PACKED, "cu_seqlens": cu(0, 4, 3, 6)}, "got [0, 4, 3, 6] ... 6"),
+        ({**PACKED, "cu_seqlens": cu(0)}, "cu_seqlens must be (B + 1,) integers, got (1,)"),
+        (
+            {**PACKED, "cu_seqlens": cu(0, 6).float()},
+            "cu_seqlens must be (B + 1,) integers, got (2,) torch.float32",
+        ),
+        *(
+            (
+                {
+                    **PACKED,
+                    "advantages": ones(6),
+                    "config": GRPOLossConfig(loss_type=t, max_completion_length=3),
+                },
+                f"loss_type={t!r} averages over sequences: give cu_seqlens",
+            )
+            for t in ("grpo", "dr_grpo")
+        ),
+        # denominators
+        *(
+            ({name: value}, f"{name} must be a finite number, 0 or more, got {value}")
+            for name in ("num_items_in_batch", "num_sequences_in_batch", "entropy_denominator")
+            for value in (-1, nan, inf)
+        ),
+        ({"num_items_in_batch": ones(2)}, "num_items_in_batch must be a number, got shape (2,)"),
+    ],
+)
+def test_what_does_not_fit_is_a_value_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "recompute"), ("fp32_logits", True), ("grad_buffer", torch.zeros(7, 4))],
+)
+def test_arguments_that_are_not_built_say_so_by_name(name: str, value: Any) -> None:
+    with pytest.raises(NotImplementedError, match=f"^{name} is not built yet"):
+        call(**{name: value})
+
+
+def test_triton_computes_in_fp32() -> None:
+    with pytest.raises(ValueError, match="use 'torch' for float64"):
+        call(hidden=ones(2, 3, 4).double(), weight=ones(7, 4).double(), backend="triton")
+
+
+LOGITS = ones(2, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda: grpo_loss(ones(2, 2, 7), ids(2, 3), ones(2)),
+            "logits must be (2, 3, 'V') for ids (2, 3), got (2, 2, 7)",
+        ),
+        (
+            lambda: selective_logps(LOGITS.view(6, 7), ids(2, 3)),
+            "logits must be (2, 3, 'V') for ids (2, 3), got (6, 7)",
+        ),
+        (lambda: selective_logps(LOGITS.long(), ids(2, 3)), "floating-point, got torch.int64"),
+        (
+            lambda: selective_logps(ones(2, 7, 3).transpose(1, 2), ids(2, 3)),
+            "stride 1 along the vocabulary, got strides (21, 1, 3)",
+        ),
+        (lambda: grpo_loss(LOGITS, ids(2, 3) + 7, ones(2)), "holds 7 at token 0, outside [0, 7)"),
+        (lambda: selective_logps(LOGITS, ids(2, 3) + 8), "holds 8 at token 0, outside [0, 7)"),
+        (
+            lambda: reference.selective_logps(LOGITS, ids(2, 3) + 8),
+            "holds 8 at token 0, outside [0, 7)",
+        ),
+        (
+            lambda: selective_logps(LOGITS, torch.zeros(2, 3, device=ELSEWHERE)),
+            "ids is on meta, the rest is on",
+        ),
+        (
+            lambda: linear_logps(ones(2, 3, 4), ones(7, 4), ids(2, 3), mask=ones(6)),
+            "mask must have shape (2, 3), got (6,)",
+        ),
+        (
+            lambda: linear_logps(ones(2, 3, 4), ones(7, 4), ids(2, 3), temperature=0.0),
+            "temperature must be a finite number above 0, got 0.0",
+        ),
+        (
+            lambda: linear_logps(ones(2, 3, 4), ones(7, 4), ids(2, 3), chunk_rows=-1),
+            "chunk_rows must be at least 1, got -1",
+        ),
+        (lambda: policy_loss(ones(2, 3, 4), ones(2)), "(B, T) or packed (N,), got (2, 3, 4)"),
+        (
+            lambda: policy_loss(ones(2, 3), ones(2), entropy=ones(2)),
+            "entropy must have shape (2, 3), got (2,)",
+        ),
+        (
+            lambda: importance_weights(ones(2), ones(2), mode="word"),  # pyright: ignore
+            "mode must be one of token_truncate, token_mask, sequence_truncate, sequence_mask, "
+            "got 'word'",
+        ),
+        (
+            lambda: importance_weights(ones(2), ones(2), clip_min=3.0, clip_max=2.0),
+            "0 <= clip_min < clip_max must hold, got 3.0 and 2.0",
+        ),
+        (
+            lambda: importance_weights(ones(2), ones(3)),
+            "sampling_logps must have shape (2,) or (1, 2), got (3,)",
+        ),
+        (
+            lambda: off_policy_mask(ones(2, 3), ones(2, 3), ones(3), threshold=0.1),
+            "advantages must be one per sequence (2,), got (3,)",
+        ),
+        (
+            lambda: off_policy_mask(ones(3), ones(3), ones(3), threshold=0.1),
+            "advantages must be one per sequence (None,), got (3,)",
+        ),
+        (lambda: top_entropy_mask(ones(3), quantile=0.0), "quantile must be in (0, 1], got 0.0"),
+        (lambda: top_entropy_mask(ones(3), quantile=1.1), "quantile must be in (0, 1], got 1.1"),
+    ],
+)
+def test_the_other_doors_refuse_as_well(function: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function()
+
+
+@pytest.mark.parametrize("function", [linear_logps, selective_logps])
+@pytest.mark.parametrize("options", [{"logit_scale": 2.0}, {"logit_softcap": 30.0}])
+def test_options_of_logits_that_are_not_built_say_so(function: Any, options: Any) -> None:
+    head = (ones(2, 3, 4), ones(7, 4)) if function is linear_logps else (LOGITS,)
+    with pytest.raises(NotImplementedError, match=f"^{next(iter(options))}="):
+        function(*head, ids(2, 3), **options)
+
+
+# ---------------------------------------------------------------- sampler mismatch, by hand
+
+LOGPS = torch.tensor([[-1.0, -1.0, -1.0], [-2.0, -2.0, -2.0]], device=DEVICE)
+# differences: log 2, log 0.5, NaN = not known; log 4, log 4, masked
+SAMPLED = LOGPS - torch.tensor([[2.0, 0.5, nan], [4.0, 4.0, 1e9]], device=DEVICE).log()
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0]], device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "clip_min", "clip_max", "expected"),
+    [
+        ("token_truncate", 0.0, 3.0, [[2.0, 0.5, 1.0], [3.0, 3.0, 1.0]]),
+        ("token_truncate", 0.8, 1.5, [[1.5, 0.8, 1.0], [1.5, 1.5, 1.0]]),
+        ("token_mask", 0.8, 3.0, [[2.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+        ("sequence_truncate", 0.0, 3.0, [[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]),
+        ("sequence_mask", 0.5, 20.0, [[1.0, 1.0, 1.0], [16.0, 16.0, 16.0]]),
+        ("sequence_mask", 0.5, 3.0, [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]),
+    ],
+)
+def test_importance_weights(
+    mode: Any, clip_min: float, clip_max: float, expected: list[list[float]]
+) -> None:
+    options: Any = {"mode": mode, "clip_min": clip_min, "clip_max": clip_max}
+    logps = LOGPS.clone().requires_grad_()
+    weights = importance_weights(logps, SAMPLED, completion_mask=MASK, **options)
+    torch.testing.assert_close(weights, torch.tensor(expected, device=DEVICE))
+    assert not weights.requires_grad and weights.dtype == torch.float32
+    if DEVICE == "cpu":  # a running sum in fp64 is not deterministic on a GPU, torch says
+        packed = importance_weights(
+            logps.view(-1),
+            SAMPLED.view(-1),
+            completion_mask=MASK.view(-1),
+            cu_seqlens=cu(0, 3, 6),
+            **options,
+        )
+        torch.testing.assert_close(packed, weights.view(-1))
+
+
+def test_importance_weights_of_policies_far_apart_stay_finite() -> None:
+    weights = importance_weights(ones(1) * 0, ones(1) * -1000, mode="token_mask", clip_max=1e30)
+    torch.testing.assert_close(weights.item(), math.exp(60), rtol=1e-6, atol=0)
+
+
+def test_off_policy_mask() -> None:
+    # Mean of sampled - lp over counted tokens: (-log 2 + log 2 + 0) / 3 = 0, and -log 4.
+    sampled = LOGPS + (LOGPS - SAMPLED)  # the other way round: 0, and +log 4 = 1.386
+    for advantages, threshold, expected in [
+        ([-1.0, -1.0], 1.3, [1.0, 0.0]),
+        ([-1.0, -1.0], 1.4, [1.0, 1.0]),
+        ([-1.0, 1.0], 1.3, [1.0, 1.0]),
+        ([-1.0, 0.0], 1.3, [1.0, 1.0]),
+        ([-1.0, -1.0], -0.1, [0.0, 0.0]),
+    ]:
+        keep = off_policy_mask(
+            LOGPS,
+            sampled,
+            torch.tensor(advantages, device=DEVICE),
+            threshold=threshold,
+            completion_mask=MASK,
+        )
+        assert keep.tolist() == expected
+    assert off_policy_mask(LOGPS, SAMPLED, -ones(2), threshold=0.1).tolist() == [1.0, 1.0]
+
+
+def test_top_entropy_mask() -> None:
+    entropy = torch.tensor([[0.1, 0.4, 9.0], [0.2, 0.3, 0.5]], device=DEVICE)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]], device=DEVICE)
+    keep = top_entropy_mask(entropy, quantile=0.4, completion_mask=mask)
+    assert keep.tolist() == [[0, 1, 0], [0, 0, 1]]  # 0.34 is the 0.6 quantile of 0.1 ... 0.5
+    assert top_entropy_mask(entropy, quantile=1.0).sum() == 6
+    assert top_entropy_mask(entropy, quantile=0.01).tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert top_entropy_mask(entropy, quantile=0.5, completion_mask=mask * 0).sum() == 0
