@@ -43,23 +43,20 @@ class Batch:
         prompt_width = self.input_ids.shape[1] - self.completion_ids.shape[1]
         for first in range(0, len(self), size):
             rows = slice(first, first + size)
-            start = prompt_width - max(self.prompt_lengths[rows])
             length = max(self.completion_lengths[rows])
-
-            def completion(values: Tensor | None, rows=rows, length=length):
-                return None if values is None else values[rows, :length]
-
+            both = slice(prompt_width - max(self.prompt_lengths[rows]), prompt_width + length)
+            old_logps, ref_logps = self.old_logps, self.ref_logps
             yield Batch(
-                input_ids=self.input_ids[rows, start : prompt_width + length],
-                attention_mask=self.attention_mask[rows, start : prompt_width + length],
+                input_ids=self.input_ids[rows, both],
+                attention_mask=self.attention_mask[rows, both],
                 completion_ids=self.completion_ids[rows, :length],
                 completion_mask=self.completion_mask[rows, :length],
                 sampling_logps=self.sampling_logps[rows, :length],
                 advantages=self.advantages[rows],
                 prompt_lengths=self.prompt_lengths[rows],
                 completion_lengths=self.completion_lengths[rows],
-                old_logps=completion(self.old_logps),
-                ref_logps=completion(self.ref_logps),
+                old_logps=None if old_logps is None else old_logps[rows, :length],
+                ref_logps=None if ref_logps is None else ref_logps[rows, :length],
             )
 
 

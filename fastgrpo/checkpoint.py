@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def _no_progress_bar() -> Generator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -12,6 +12,7 @@ import copy
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer, name)
 
 
-def _load(auto_class, name: str, **options):
+def _load(auto_class: Any, name: str, **options: Any) -> Any:
     local = name.startswith((".", "/", "~")) or Path(name).exists()
     path = Path(name).expanduser()
     if local and not (path / "config.json").is_file():
@@ -76,11 +77,12 @@ class Policy:
         self.tokenizer = tokenizer
         self.bf16 = bf16
         self.device = next(model.parameters()).device
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
-        pad = tokenizer.pad_token_id
-        # Padding is masked everywhere, so any id will do.
-        self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
+        self.head: Any = model.get_output_embeddings()
         check_head(model)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        # Padding is masked everywhere, so any id will do.
+        pad: Any = tokenizer.pad_token_id
+        self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
 
     def autocast(self) -> torch.autocast:
         """Return the context of every forward pass: bf16 products, or nothing."""
@@ -100,12 +102,12 @@ class Policy:
     @property
     def head_weight(self) -> Tensor:
         """(V, H) weight of the LM head; the embedding's own when they are tied."""
-        return self.model.get_output_embeddings().weight
+        return self.head.weight
 
     @property
     def head_bias(self) -> Tensor | None:
         """(V,) bias of the LM head."""
-        return getattr(self.model.get_output_embeddings(), "bias", None)
+        return getattr(self.head, "bias", None)
 
     def frozen_copy(self) -> Policy:
         """Return a copy that is never trained: the reference of the KL term."""
@@ -165,9 +167,9 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return all ids that end a completion: the generation config's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ids = configured if isinstance(configured, list) else [configured]
-    found = sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+    configured: Any = model.generation_config.eos_token_id if model.generation_config else None
+    ids: list[Any] = configured if isinstance(configured, list) else [configured]
+    found = sorted({i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int)})
     if not found:
         raise ValueError(
             "neither the tokenizer nor the generation config has an end-of-sequence token: "

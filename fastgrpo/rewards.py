@@ -10,34 +10,25 @@ B completions, K reward functions.
 
 from __future__ import annotations
 
-import atexit
 import difflib
-import functools
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import re
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .answers import is_right
+
 RewardFunction = Callable[..., Sequence[float | None]]
 Completion = str | list[dict[str, Any]]
-
-CHECK_TIMEOUT_S = 5.0
-"""Seconds that math-verify may take over one pair of answers."""
-ANSWER_CHARACTERS = 2000
-"""How much of an answer is read, from its end: math-verify is slow on long hostile text."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ def accuracy(completions: Sequence[Completion], **columns: Any) -> list[float | 
     The right answer is the column `solution`, or else `answer`: what follows its last `####`
     (GSM8K) if there is one. A completion's answer is what its last `<answer>...</answer>` holds,
     or else all of it. In both, the last `\boxed{}` wins over the text around it, and only the last
-    `ANSWER_CHARACTERS` are read. Then:
+    2,000 characters are read. Then:
 
     - equal text is right, without outer space, maths delimiters and `\text{}`;
     - two plain numbers ("1,000", "$18", "72.0", "1e3") are compared as numbers, exactly;
@@ -79,7 +70,7 @@ def accuracy(completions: Sequence[Completion], **columns: Any) -> list[float | 
             f"the dataset has {', '.join(present) or 'no column beside the prompt'}"
         )
     return [
-        None if gold is None else float(_is_right(str(gold), _content(completion)))
+        None if gold is None else float(is_right(str(gold), _content(completion)))
         for gold, completion in zip(golds, completions, strict=True)
     ]
 
@@ -288,153 +279,3 @@ def _content(completion: Completion) -> str:
 
 def _tags_once(text: str) -> int:
     return sum(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-
-
-_WRAPPED = re.compile(
-    r"\$\$(.+)\$\$|\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]|\\text\{([^{}]+)\}", re.DOTALL
-)
-_NUMBER = re.compile(
-    r"[+-]?\$?((\d+|\d{1,3}(,\d{3})+)(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\$?", re.ASCII
-)
-_LATEX = re.compile(r"\\[a-zA-Z]+(\{[a-zA-Z\s]*\})?|\b(sin|cos|tan|log|exp|sqrt)\b")
-_WORD = re.compile(r"[^\W\d_]{3}")
-_NOTATION = re.compile(r"[\d\\^=+*/<>]")
-
-
-def _is_right(gold: str, completion: str) -> bool:
-    gold = _bare(gold.rpartition("####")[2])
-    end = completion.rfind("</answer>")
-    start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
-    answer = _bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
-    if answer == gold:
-        return gold != ""
-    gold_number, number = _number(gold), _number(answer)
-    if gold_number is not None and number is not None:
-        return gold_number == number
-    if not _is_mathematics(gold):
-        return False
-    # Undelimited, math-verify would take the last number of "1/2" or "70, 71, 72".
-    return _checker.equal(_delimited(gold), _delimited(answer))
-
-
-def _bare(text: str) -> str:
-    """Return what the last box holds, or all, without space, delimiters and text command."""
-    text = _last_box(text)[-ANSWER_CHARACTERS:].strip()
-    while match := _WRAPPED.fullmatch(text):
-        inner = next(group for group in match.groups() if group is not None).strip()
-        if "$" in inner:  # "$1$ and $2$" is not one formula
-            break
-        text = inner
-    return text
-
-
-def _last_box(text: str) -> str:
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return text
-    start += len(r"\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position]
-    return text
-
-
-def _number(text: str) -> Decimal | None:
-    text = text.replace(r"\$", "$")
-    return Decimal(re.sub("[$,]", "", text)) if _NUMBER.fullmatch(text) else None
-
-
-def _delimited(text: str) -> str:
-    return f"${text.replace('**', '^')}$" if _is_mathematics(text) else text
-
-
-def _is_mathematics(text: str) -> bool:
-    return bool(_NOTATION.search(text)) and not _WORD.search(_LATEX.sub(" ", text))
-
-
-def _serve_checks(timeout_s: float) -> None:
-    """Answer pairs on stdin with true or false on stdout; die of a pair that takes too long."""
-    import faulthandler
-    import importlib
-    import json
-    import logging
-    import signal
-    import sys
-
-    math_verify: Any = importlib.import_module("math_verify")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes stdin
-    logging.disable()
-    replies, sys.stdout = sys.stdout, sys.stderr
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        gold, answer = json.loads(line)
-        # The watchdog ends the process even inside the C code of a huge power.
-        faulthandler.dump_traceback_later(timeout_s, exit=True)
-        try:
-            expected, got = (math_verify.parse(t, parsing_timeout=0) for t in (gold, answer))
-            equal = bool(math_verify.verify(expected, got, timeout_seconds=0))
-        except Exception:
-            equal = False
-        faulthandler.cancel_dump_traceback_later()
-        print(json.dumps(equal), file=replies, flush=True)
-
-
-class _Checker:
-    """math-verify in a process of its own.
-
-    Its own timeouts are signals: they fail outside the main thread and do not interrupt C code.
-    """
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 - there is one checker
-    def equal(self, gold: str, answer: str) -> bool:
-        """Say whether math-verify holds two answers for equal; False if it takes too long."""
-        with self._lock:
-            if self._process is not None and self._process.poll() is not None:
-                self.close()
-            process = self._process or self._start()
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                print(json.dumps([gold, answer]), file=process.stdin, flush=True)
-                reply = process.stdout.readline()
-            except BaseException:
-                self.close()  # a reply still to come would be taken for the next pair's
-                raise
-            if not reply:
-                self.close()
-            return reply == "true\n"
-
-    def _start(self) -> subprocess.Popen[str]:
-        # The source of one function, not this module, whose imports would cost seconds.
-        source = f"{inspect.getsource(_serve_checks)}\n_serve_checks({CHECK_TIMEOUT_S})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", source],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != "ready\n":
-            self.close()
-            raise RuntimeError(
-                "reward function 'accuracy' could not start math-verify; "
-                "see what python -c 'import math_verify' says"
-            )
-        return self._process
-
-    def close(self) -> None:
-        """End the process; the next check starts another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-_checker = _Checker()
-atexit.register(_checker.close)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,8 @@ class Trainer:
         bf16 = config.bf16
         if bf16 is None:
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        model = assets.model.to(device)
+        model = assets.model
+        model.to(device)  # pyright: ignore[reportArgumentType] - a wrapper hides its signature
         self.policy = Policy(model, assets.tokenizer, bf16=bf16)
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
@@ -204,14 +205,14 @@ class Trainer:
                 output.loss.backward()
                 report = {"loss": output.loss, **sampling_difference(output.logps, micro)}
                 totals.add(output.metrics | report, weight=micro.num_completion_tokens)
-            grad_norm = clip_gradients(self.policy.model, self.config.max_grad_norm).item()
+            grad_norm = float(clip_gradients(self.policy.model, self.config.max_grad_norm))
             if not math.isfinite(grad_norm):
                 raise RuntimeError(
                     f"step {step}: the norm of the gradient is {grad_norm}; the weights are those "
                     f"of step {step - 1}. Lower learning_rate, or look at the rewards of this step "
                     f"in {self.run.path / 'completions.jsonl'}"
                 )
-            learning_rate = self.scheduler.get_last_lr()[0]
+            learning_rate = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -263,7 +264,11 @@ class Trainer:
     ) -> dict[str, Any]:
         """Write the summary and show what was reached."""
         judge = self.rewards[0].name
-        summary = {"steps": self.num_steps, "seconds": seconds, "num_tokens": self.tokens_seen}
+        summary: dict[str, Any] = {
+            "steps": self.num_steps,
+            "seconds": seconds,
+            "num_tokens": self.tokens_seen,
+        }
         if before:
             summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
             self.console.table(
@@ -287,7 +292,7 @@ def _num_steps(config: TrainConfig, num_prompts: int) -> int:
 
 
 @contextmanager
-def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+def _timed(times: dict[str, float], name: str) -> Generator[None]:
     start = time.perf_counter()
     yield
     times[name] = time.perf_counter() - start

@@ -101,7 +101,7 @@ def test_panels_without_data_say_so() -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 300])
 def test_the_picture_has_its_size_whatever_the_number_of_steps(tmp_path: Path, n: int) -> None:
     path = tmp_path / "curves.png"
-    save_curves(lines(n), path, title="costs $5_000 {[", accuracy_key=KEY)
+    save_curves(lines(n), path, title=r"$\run$ {[", accuracy_key=KEY)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", data[16:24]) == (1440, 840)

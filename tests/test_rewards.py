@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastgrpo import answers
 from fastgrpo import rewards as module
 from fastgrpo.rewards import (
     Reward,
@@ -128,25 +129,25 @@ def test_hostile_text_is_wrong_in_time(completion):
 
 
 def test_a_bomb_ends_at_the_timeout_and_the_next_pair_is_judged(monkeypatch):
-    monkeypatch.setattr(module, "CHECK_TIMEOUT_S", 0.5)
-    module._checker.close()
+    monkeypatch.setattr(answers, "CHECK_TIMEOUT_S", 0.5)
+    answers._checker.close()
     bomb = r"\boxed{9^{9^9}}"  # an integer power in C: no signal would interrupt it
     start = time.perf_counter()
     assert judge("-7/5", bomb) == 0.0
     assert time.perf_counter() - start < 6
-    assert module._checker._process is None
+    assert answers._checker._process is None
     assert judge("-7/5", "-1.4") == 1.0
     start = time.perf_counter()
     assert judge("-7/5", bomb) == 0.0  # a group repeats its answers: remembered
     assert time.perf_counter() - start < 0.1
-    module._checker.close()
+    answers._checker.close()
 
 
 def test_a_checker_that_was_killed_is_started_again():
     assert judge("3/7", "6/14") == 1.0
-    assert module._checker._process is not None
-    os.kill(module._checker._process.pid, signal.SIGTERM)
-    module._checker._process.wait()
+    assert answers._checker._process is not None
+    os.kill(answers._checker._process.pid, signal.SIGTERM)
+    answers._checker._process.wait()
     assert judge("3/7", "9/21") == 1.0
 
 
@@ -165,7 +166,7 @@ def test_off_the_main_thread_and_from_several():
 
 
 def test_a_checker_that_cannot_start_says_so(monkeypatch):
-    module._checker.close()
+    answers._checker.close()
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RuntimeError, match="import math_verify"):
         judge("5/7", "10/14")

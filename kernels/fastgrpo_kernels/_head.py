@@ -145,14 +145,13 @@ class HeadGradients:
     def __init__(self, head: Head, scale: Tensor | None) -> None:
         self.head = head
         self.scale = scale  # of dhidden, applied before it is rounded
-        fp32 = {"device": head.device, "dtype": head.accumulator_dtype}
-        self.dhidden = (
-            torch.zeros(head.hidden.shape, device=head.device, dtype=head.dtype)
-            if head.needs_hidden
-            else None
-        )
-        self.dweight_VH = torch.zeros(head.weight.shape, **fp32) if head.needs_weight else None
-        self.dbias_V = torch.zeros(head.vocabulary, **fp32) if head.needs_bias else None
+
+        def zeros(*shape: int, dtype: torch.dtype = head.accumulator_dtype) -> Tensor:
+            return torch.zeros(shape, device=head.device, dtype=dtype)
+
+        self.dhidden = zeros(*head.hidden.shape, dtype=head.dtype) if head.needs_hidden else None
+        self.dweight_VH = zeros(*head.weight.shape) if head.needs_weight else None
+        self.dbias_V = zeros(head.vocabulary) if head.needs_bias else None
 
     def add(self, tokens: Tokens, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
         if self.dhidden is not None:

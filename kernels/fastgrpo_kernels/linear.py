@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._backend import row_backend
+from ._backend import row_backend, runs_eagerly
 from ._head import Head, HeadGradients, RowPlan, scaled
 from ._inputs import COUNTED, Layout, LossArguments, check_device, check_ids, flat_mask, flatten
 from ._reduce import RowResults, reduce_rows
 from .config import GRPOLossConfig, GRPOLossOutput
 
 
-@torch.compiler.disable
+@runs_eagerly
 def linear_grpo_loss(
     hidden: Tensor,  # (B, T, H) or packed (N, H)
     weight: Tensor,  # (V, H)
@@ -125,7 +125,7 @@ def linear_grpo_loss(
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
 
 
-@torch.compiler.disable
+@runs_eagerly
 def linear_logps(
     hidden: Tensor,  # (B, T, H) or packed (N, H)
     weight: Tensor,  # (V, H)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._backend import chunk_rows_for, row_backend
+from ._backend import chunk_rows_for, row_backend, runs_eagerly
 from ._inputs import (
     ACTIVE,
     Layout,
@@ -28,7 +28,7 @@ from ._reduce import RowResults, reduce_rows
 from .config import GRPOLossConfig, GRPOLossOutput
 
 
-@torch.compiler.disable
+@runs_eagerly
 def grpo_loss(
     logits: Tensor,  # (B, T, V) or (N, V)
     completion_ids: Tensor,  # (B, T) or (N,) int64
@@ -95,7 +95,7 @@ def grpo_loss(
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
 
 
-@torch.compiler.disable
+@runs_eagerly
 def selective_logps(
     logits: Tensor,  # (B, T, V) or (N, V)
     ids: Tensor,  # (B, T) or (N,) int64

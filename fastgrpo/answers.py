@@ -1,0 +1,143 @@
+"""Whether an answer is right: equal text, equal numbers, or equal by math-verify.
+
+Completions are hostile text: math-verify reads them in a process that can be killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import re
+import subprocess
+import sys
+import threading
+from decimal import Decimal
+from pathlib import Path
+
+CHECK_TIMEOUT_S = 5.0
+"""Seconds that math-verify may take over one pair of answers."""
+ANSWER_CHARACTERS = 2000
+"""How much of an answer is read, from its end: math-verify is slow on long hostile text."""
+
+_WORKER = Path(__file__).with_name("answers_worker.py")
+_WRAPPED = re.compile(
+    r"\$\$(.+)\$\$|\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]|\\text\{([^{}]+)\}", re.DOTALL
+)
+_NUMBER = re.compile(
+    r"[+-]?\$?((\d+|\d{1,3}(,\d{3})+)(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\$?", re.ASCII
+)
+_LATEX = re.compile(r"\\[a-zA-Z]+(\{[a-zA-Z\s]*\})?|\b(sin|cos|tan|log|exp|sqrt)\b")
+_WORD = re.compile(r"[^\W\d_]{3}")
+_NOTATION = re.compile(r"[\d\\^=+*/<>]")
+
+
+def is_right(gold: str, completion: str) -> bool:
+    """Say whether a completion's answer is the right one, by the rule of `rewards.accuracy`."""
+    gold = _bare(gold.rpartition("####")[2])
+    end = completion.rfind("</answer>")
+    start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
+    answer = _bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
+    if answer == gold:
+        return gold != ""
+    gold_number, number = _number(gold), _number(answer)
+    if gold_number is not None and number is not None:
+        return gold_number == number
+    if not _is_mathematics(gold):
+        return False
+    # Undelimited, math-verify would take the last number of "1/2" or "70, 71, 72".
+    return _checker.equal(_delimited(gold), _delimited(answer))
+
+
+def _bare(text: str) -> str:
+    """Return what the last box holds, or all, without space, delimiters and text command."""
+    text = _last_box(text)[-ANSWER_CHARACTERS:].strip()
+    while match := _WRAPPED.fullmatch(text):
+        inner = next(group for group in match.groups() if group is not None).strip()
+        if "$" in inner:  # "$1$ and $2$" is not one formula
+            break
+        text = inner
+    return text
+
+
+def _last_box(text: str) -> str:
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return text
+    start += len(r"\boxed{")
+    depth = 1
+    for position in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start:position]
+    return text
+
+
+def _number(text: str) -> Decimal | None:
+    text = text.replace(r"\$", "$")
+    return Decimal(re.sub("[$,]", "", text)) if _NUMBER.fullmatch(text) else None
+
+
+def _delimited(text: str) -> str:
+    return f"${text.replace('**', '^')}$" if _is_mathematics(text) else text
+
+
+def _is_mathematics(text: str) -> bool:
+    return bool(_NOTATION.search(text)) and not _WORD.search(_LATEX.sub(" ", text))
+
+
+class _Checker:
+    """math-verify in a process of its own.
+
+    Its own timeouts are signals: they fail outside the main thread and do not interrupt C code.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - there is one checker
+    def equal(self, gold: str, answer: str) -> bool:
+        """Say whether math-verify holds two answers for equal; False if it takes too long."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self.close()
+            process = self._process or self._start()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                print(json.dumps([gold, answer]), file=process.stdin, flush=True)
+                reply = process.stdout.readline()
+            except BaseException:
+                self.close()  # a reply still to come would be taken for the next pair's
+                raise
+            if not reply:
+                self.close()
+            return reply == "true\n"
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_WORKER), str(CHECK_TIMEOUT_S)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            self.close()
+            raise RuntimeError(
+                "reward function 'accuracy' could not start math-verify; "
+                "see what python -c 'import math_verify' says"
+            )
+        return self._process
+
+    def close(self) -> None:
+        """End the process; the next check starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_checker = _Checker()
+atexit.register(_checker.close)
