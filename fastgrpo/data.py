@@ -88,12 +88,14 @@ def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
             f"dataset file {str(path)!r} is one split, 'train', so split {split!r} does not exist; "
             "put the other rows in a file of their own"
         )
+    if path.stat().st_size == 0:
+        raise ValueError(f"dataset file {str(path)!r} is empty; put one prompt in each row")
     try:
         return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))["train"]
     # Each format has a parser with errors of its own; all of them are about this file.
     except Exception as error:
         raise ValueError(
-            f"dataset file {str(path)!r} is empty or does not parse as {path.suffix[1:]}; "
+            f"dataset file {str(path)!r} has no rows or does not parse as {path.suffix[1:]}; "
             f"put one prompt in each row ({error.__cause__ or error!r})"
         ) from error
 

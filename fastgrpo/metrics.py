@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -169,10 +170,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory PyTorch has held on a GPU, in GiB; NaN for a CPU: not measured."""
-    if device.type != "cuda":
+    """Return the most memory used so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
         return math.nan
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:

@@ -9,8 +9,6 @@ B sequences, L positions (prompt and completion), H hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +112,19 @@ class Policy:
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         return Policy(model, self.tokenizer, bf16=self.bf16)
 
+    def check_length(self, max_completion_length: int) -> None:
+        """Refuse completions that fill all positions the model has.
+
+        Raises:
+            ValueError: no room would be left for a prompt.
+        """
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and max_completion_length >= positions:
+            raise ValueError(
+                f"max_completion_length: {max_completion_length} leaves no room for a prompt in "
+                f"the {positions} positions of this model; lower it"
+            )
+
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in backward; transformers 5.23 renamed the switch."""
         model = self.model
@@ -151,18 +162,6 @@ def check_head(model: PreTrainedModel) -> None:
             f"the logits of {name} are not hidden @ weight.T + bias "
             f"({', '.join(found) or 'something else is applied'}): such heads are not built yet"
         )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory used so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

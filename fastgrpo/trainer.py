@@ -26,8 +26,8 @@ from .console import Console
 from .data import PromptSampler, encode_prompt
 from .evaluate import evaluate
 from .loss import batch_logps, batch_loss, sampling_difference
-from .metrics import StepMetrics, rollout_metrics
-from .model import Policy, peak_memory_gib
+from .metrics import StepMetrics, peak_memory_gib, rollout_metrics
+from .model import Policy
 from .optim import build_optimizer, clip_gradients
 from .rewards import decode_completions, load_rewards, score
 from .rollout import SamplingParams
@@ -75,6 +75,7 @@ class Trainer:
         model = assets.model
         model.to(device)  # pyright: ignore[reportArgumentType] - a wrapper hides its signature
         self.policy = Policy(model, assets.tokenizer, bf16=bf16)
+        self.policy.check_length(config.max_completion_length)
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.reference = self.policy.frozen_copy() if config.loss.beta > 0 else None

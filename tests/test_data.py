@@ -113,7 +113,7 @@ def test_a_path_with_nothing_there(name):
 )
 def test_files_without_data_or_that_do_not_parse(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"'{name}' is empty"):
+    with pytest.raises(ValueError, match=f"'{name}' (is empty|has no rows or does not parse)"):
         load_prompts(name, "train")
 
 

@@ -62,7 +62,7 @@ def transcription(
             loss = -(unclipped if unclipped <= clipped else clipped)
             loss = loss * at(policy_weight, i, t) * at(entropy_mask, i, t)
             loss = loss * at(importance_sampling_ratio, i, t)
-            sums["policy_loss"] += torch.as_tensor(loss).item()
+            sums["policy_loss"] += torch.as_tensor(loss, dtype=torch.float64).item()
             if config.beta:
                 assert ref_logps is not None
                 x = float(ref_logps[i, t]) - lp

@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from small_models import save_small_model
+
+from fastgrpo.cli import main
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A configuration that would run, in a directory of its own."""
+    model = save_small_model(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(8))
+    )
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"model_name_or_path: {model}\ndataset_name: {tmp_path / 'prompts.jsonl'}\n"
+        "max_steps: 2\nnum_generations: 2\nmax_completion_length: 4\nsave_steps: 0\n"
+    )
+    return path
+
+
+def test_a_new_run_directory_every_time(tmp_path, monkeypatch, config_file, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(config_file), "learning_rate=1e-4"]) == 0
+    assert main(["train", str(config_file)]) == 0
+    first, second = sorted((tmp_path / "runs").iterdir())
+    assert first.name.startswith("tiny-")
+    printed = capsys.readouterr().out
+    for run in (first, second):
+        assert {p.name for p in run.iterdir()} == {
+            "config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png",
+            "final",
+        }  # fmt: skip
+        assert f"run directory: {run.relative_to(tmp_path)}\n" in printed
+    assert "learning_rate: 0.0001" in (first / "config.yaml").read_text()
+
+
+def test_a_run_can_be_repeated_from_its_own_config(tmp_path, monkeypatch, config_file):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(config_file), "output_dir=one"]) == 0
+    assert main(["train", "one/config.yaml", "output_dir=two"]) == 0
+
+    def rewards(run):
+        with open(tmp_path / run / "metrics.jsonl") as file:
+            return [json.loads(line)["loss"] for line in file]
+
+    assert rewards("one") == rewards("two")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["num_generation=4"], "num_generation: unknown key; did you mean num_generations?"),
+        (["num_generations=1"], "num_generations: must be at least 2, got 1"),
+        (["dataset_name=./none.jsonl"], "none.jsonl' looks like a path but nothing is there"),
+        (["prompt_column=question"], "question"),
+        (["model_name_or_path=./none"], "./none is not a model directory"),
+        (["reward_funcs=[acuracy]"], "accuracy"),
+        (["reward_weights=[1, 2]"], "reward_weights"),
+        (["lr_scheduler_type=linaer"], "linaer"),
+        (["max_completion_length=300"], "max_completion_length: 300 leaves no room for a prompt"),
+        (["output_dir=occupied"], "output_dir: occupied exists"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(
+    tmp_path, monkeypatch, config_file, capsys, overrides, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "file").touch()
+    assert main(["train", str(config_file), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert "fastgrpo: " in error
+    assert sentence in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty"),
+        ('{"prompt": "a"}\n{"prompt": ', "not"),
+        ('{"question": "a"}\n', "question"),
+        ('{"prompt": ""}\n', "row 0"),
+    ],
+)
+def test_wrong_datasets_are_named(tmp_path, monkeypatch, config_file, capsys, text, sentence):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "wrong.jsonl"
+    path.write_text(text)
+    assert main(["train", str(config_file), f"dataset_name={path}"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "wrong.jsonl" in error
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgrpo", "train", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "key=value" in done.stdout
