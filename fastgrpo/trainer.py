@@ -130,6 +130,8 @@ class Trainer:
             on_step=lambda step, loss: self.console.step({"step": step, "loss": loss}),
         )
         self.console.message(f"warm start: {steps} supervised steps")
+        if self.reference is not None:  # GRPO's start, not the untrained model
+            self.reference = self.policy.frozen_copy()
 
     def collect(self, step: int, times: dict[str, float]) -> tuple[Batch, dict[str, float]]:
         """Sample completions of the next prompts, score them and compare them in their groups."""
