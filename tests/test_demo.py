@@ -27,7 +27,7 @@ def exact_match_of_another(completions, answer, **columns):
 def test_the_demo_fills_its_run_directory(tmp_path):
     run = tmp_path / "run"
     config = load_config(
-        DEMO, [f"output_dir={run}", "warm_start_accuracy=0.01", "max_steps=2", "save_steps=1"]
+        DEMO, [f"output_dir={run}", "warm_start_accuracy=0.01", "max_steps=3", "save_steps=1"]
     )
     summary = Trainer(config).train()
     assert {p.name for p in run.iterdir()} == {
@@ -35,11 +35,15 @@ def test_the_demo_fills_its_run_directory(tmp_path):
         "checkpoints", "final",
     }  # fmt: skip
     assert set(summary["test"]) == {"greedy", "sampled"}
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-1", "step-2"]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step-1",
+        "step-2",
+        "step-3",
+    ]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-9)  # the reference is the warm start's result
-    assert rows[1]["kl"] > 0
+    assert rows[2]["kl"] > 0  # the first step of a warm-up has a learning rate of 0
     assert all(row["entropy"] > 0 for row in rows)
 
     model = AutoModelForCausalLM.from_pretrained(run / "final")

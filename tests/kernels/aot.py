@@ -130,7 +130,7 @@ def row_steps(dtype: torch.dtype, vocabulary: int) -> Iterator[tuple[str, Callab
             name = f"loss-{where}-{'all' if everything else 'none'}"
             name += "-gradient" if gradient else ""
             yield name, lambda t=tokens, e=everything, g=gradient: loss_rows(t, e, g)
-        for masked in (None, mask_N):
+        for masked in (None, mask_N) if where == "first" else (None,):  # a list has no masked row
             name = f"-{where}" + ("" if masked is None else "-mask")
             yield "logps" + name, lambda t=tokens, m=masked: logps_rows(t, m)
             yield "dlogits" + name, lambda t=tokens, m=masked: dlogits_rows(t, m, None)
