@@ -5,12 +5,11 @@ N tokens, C rows of a chunk, K counted rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ._backend import MIB, chunk_rows_for
 from ._inputs import ACTIVE, MASKED, TokenBatch, check_device
@@ -30,8 +29,6 @@ class RowPlan:
         capturing = state_N.is_cuda and torch.cuda.is_current_stream_capturing()
         self.skips_masked = skip_rows and not capturing
         if not self.skips_masked:
-            if statistics == "active":
-                raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
             self.num_gradient, self.num_computed = total if wants_gradient else 0, total
             return
         counts = torch.stack([(state_N == ACTIVE).sum(), (state_N != MASKED).sum()])
@@ -41,6 +38,11 @@ class RowPlan:
         if self.num_computed < total or 0 < self.num_gradient < total:
             order_N = state_N.argsort(descending=True, stable=True)
             self.order_N = order_N.to(batch.ids_N.device, non_blocking=True)
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows with a gradient, and rows without, in the order of `order_N`."""
+        return (0, self.num_gradient), (self.num_gradient, self.num_computed)
 
 
 class Head:
@@ -85,39 +87,34 @@ class Head:
         )
 
     def chunks(
-        self, plan: RowPlan, chunk: int, mask_N: Tensor | None
-    ) -> Iterator[tuple[Tokens, Tensor, Tensor, bool]]:
-        """Yield tokens, hidden states, logits and whether a gradient is wanted, of each chunk."""
-        if not plan.skips_masked and mask_N is not None:
-            mask_N = mask_N[:, None]
-        else:
-            mask_N = None
-        buffer_CV = self._buffer(chunk)
-        parts = ((0, plan.num_gradient, True), (plan.num_gradient, plan.num_computed, False))
-        for start, end, active in parts:
+        self,
+        parts: Sequence[tuple[int, int]],
+        order_N: Tensor | None,
+        chunk: int,
+        kept_N: Tensor | None = None,
+    ) -> Iterator[tuple[int, Tokens, Tensor, Tensor]]:
+        """Yield part, tokens, hidden states and logits (in one reused buffer) of each chunk.
+
+        Args:
+            parts: from where to where to go through the rows; no chunk is in two parts.
+            order_N: the order of the rows; None: as they are.
+            chunk: rows of a chunk.
+            kept_N: bool; the hidden states of the other rows are taken for 0.
+        """
+        buffer_CV = torch.empty(chunk, self.vocabulary, device=self.device, dtype=self.dtype)
+        for part, (start, end) in enumerate(parts):
             for first in range(start, end, chunk):
                 last = min(first + chunk, end)
-                tokens = first if plan.order_N is None else plan.order_N[first:last]
+                tokens = first if order_N is None else order_N[first:last]
                 hidden_CH = self._rows(tokens, last - first)
-                if mask_N is not None:
-                    # A gradient of 0 times a NaN hidden state would be a NaN in the weight's.
-                    hidden_CH = hidden_CH.masked_fill(~mask_N[first:last], 0)
-                yield tokens, hidden_CH, self._logits(hidden_CH, buffer_CV), active
-
-    def chunks_of(
-        self, tokens_K: Tensor | None, chunk: int
-    ) -> Iterator[tuple[Tokens, Tensor, Tensor]]:
-        """Yield tokens, hidden states and logits of each chunk of the given tokens; None = all."""
-        buffer_CV = self._buffer(chunk)
-        end = self.hidden.numel() // self.hidden_size if tokens_K is None else len(tokens_K)
-        for first in range(0, end, chunk):
-            last = min(first + chunk, end)
-            tokens = first if tokens_K is None else tokens_K[first:last]
-            hidden_CH = self._rows(tokens, last - first)
-            yield tokens, hidden_CH, self._logits(hidden_CH, buffer_CV)
-
-    def _buffer(self, chunk: int) -> Tensor:
-        return torch.empty(chunk, self.vocabulary, device=self.device, dtype=self.dtype)
+                if kept_N is not None:
+                    hidden_CH = hidden_CH.masked_fill(~kept_N[first:last, None], 0)
+                logits_CV = buffer_CV[: last - first]
+                if self.bias is None:
+                    torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
+                else:
+                    torch.addmm(self.bias, hidden_CH, self.weight.t(), out=logits_CV)
+                yield part, tokens, hidden_CH, logits_CV
 
     def _rows(self, tokens: Tokens, count: int) -> Tensor:
         """Return the hidden states of some tokens without a copy of all of them."""
@@ -131,12 +128,6 @@ class Head:
             tokens = torch.arange(tokens, tokens + count, device=self.device)
         length = hidden.shape[1]
         return hidden[tokens // length, tokens % length]
-
-    def _logits(self, hidden_CH: Tensor, buffer_CV: Tensor) -> Tensor:
-        logits_CV = buffer_CV[: len(hidden_CH)]
-        if self.bias is None:
-            return torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
-        return torch.addmm(self.bias, hidden_CH, self.weight.t(), out=logits_CV)
 
 
 class HeadGradients:
@@ -175,7 +166,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(a, b)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
-    result = torch.zeros(a.shape[0], b.shape[1], dtype=dtype)
+    result = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     step = _slice_rows(a.shape[0] + b.shape[1], dtype)
     for first in range(0, a.shape[1], step):
         part = slice(first, first + step)
@@ -218,7 +209,7 @@ def scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) ->
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> None:
-    if isinstance(weight, DTensor):
+    if hasattr(weight, "full_tensor"):
         raise NotImplementedError(
             "weight is a DTensor, which is not built yet: pass "
             "weight.full_tensor(grad_placements=[Partial('avg')])"

@@ -77,6 +77,8 @@ def linear_grpo_loss(
     """
     _check_choice("method", method, ("auto", "single_pass", "recompute"))
     _check_choice("statistics", statistics, ("all", "active"))
+    if statistics == "active" and not skip_rows:
+        raise ValueError("statistics='active' leaves rows out: it needs skip_rows=True")
     _refuse_unbuilt(
         method=method == "recompute", fp32_logits=fp32_logits, grad_buffer=grad_buffer is not None
     )
@@ -94,10 +96,15 @@ def linear_grpo_loss(
     )
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):
         gradients = HeadGradients(head, 1 / batch.denominator)
-        for tokens, hidden_CH, logits_CV, active in head.chunks(plan, chunk, batch.mask_N):
-            dlogits_CV = logits_CV if active else None
+        # Computed or not, a masked row must not reach the gradient of the weight: 0 * NaN is NaN.
+        kept_N = None if plan.skips_masked else batch.mask_N
+        for part, tokens, hidden_CH, logits_CV in head.chunks(
+            plan.parts, plan.order_N, chunk, kept_N
+        ):
+            with_gradient = part == 0
+            dlogits_CV = logits_CV if with_gradient else None
             row_step.loss_rows(logits_CV, dlogits_CV, tokens, batch, rows, config)
-            if active:
+            if with_gradient:
                 gradients.add(tokens, logits_CV, hidden_CH)
         loss, metrics = reduce_rows(
             rows,
@@ -217,10 +224,11 @@ class _LinearLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, ids_N, tokens_K)
         ctx.options = temperature, chunk, row_step
         head = Head(hidden, weight, bias, None)
+        num_rows = len(ids_N) if tokens_K is None else len(tokens_K)
         logps_N = torch.zeros(ids_N.shape, device=head.device, dtype=head.accumulator_dtype)
         entropy_N = torch.zeros_like(logps_N)
         with torch.autocast(head.device.type, enabled=False):
-            for tokens, _, logits_CV in head.chunks_of(tokens_K, chunk):
+            for _, tokens, _, logits_CV in head.chunks([(0, num_rows)], tokens_K, chunk):
                 row_step.logps_rows(logits_CV, tokens, ids_N, None, temperature, logps_N, entropy_N)
         return logps_N, entropy_N
 
@@ -230,10 +238,11 @@ class _LinearLogps(torch.autograd.Function):
         hidden, weight, bias, ids_N, tokens_K = ctx.saved_tensors
         temperature, chunk, row_step = ctx.options
         head = Head(hidden, weight, bias, None, ctx.needs_input_grad[:3])
+        num_rows = len(ids_N) if tokens_K is None else len(tokens_K)
         gradients = HeadGradients(head, None)
         dlogps_N, dentropy_N = dlogps_N.contiguous(), dentropy_N.contiguous()
         with torch.autocast(head.device.type, enabled=False):
-            for tokens, hidden_CH, logits_CV in head.chunks_of(tokens_K, chunk):
+            for _, tokens, hidden_CH, logits_CV in head.chunks([(0, num_rows)], tokens_K, chunk):
                 row_step.dlogits_rows(
                     logits_CV, logits_CV, tokens, ids_N, None, temperature, dlogps_N, dentropy_N
                 )
