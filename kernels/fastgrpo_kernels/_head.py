@@ -170,14 +170,14 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     step = _slice_rows(a.shape[0] + b.shape[1], dtype)
     for first in range(0, a.shape[1], step):
         part = slice(first, first + step)
-        result.addmm_(a[:, part].to(dtype), b[part].to(dtype))
+        torch.addmm(result, a[:, part].to(dtype), b[part].to(dtype), out=result)
     return result
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to `total`, rounded once to its type."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -186,7 +186,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         step = _slice_rows(a.shape[1], total.dtype)
         for first in range(0, a.shape[0], step):
             part = slice(first, first + step)
-            total[part].addmm_(a[part].to(total.dtype), b)
+            torch.addmm(total[part], a[part].to(total.dtype), b, out=total[part])
 
 
 def _slice_rows(width: int, dtype: torch.dtype) -> int:

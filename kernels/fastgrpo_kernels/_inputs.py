@@ -98,14 +98,14 @@ class Layout:
             shapes = [(self.num_tokens,), (1, self.num_tokens)]
         if tuple(value.shape) not in shapes:
             raise _shape_error(name, value, shapes)
-        return value.reshape(-1)
+        return flat(value)
 
     def per_token(self, name: str, value: Tensor) -> Tensor:
         """Flatten a value per token, or spread one per sequence over its tokens, to (N,)."""
         shape, sequences, tokens = tuple(value.shape), self.num_sequences, self.num_tokens
         if sequences is not None and (shape == (sequences,) or shape == (sequences, 1)):
             if not self.packed:
-                return value.reshape(-1, 1).expand(self.shape).reshape(-1)
+                return flat(value.reshape(-1, 1).expand(self.shape))
             if shape == (sequences,) or sequences != tokens:
                 assert self.cu_seqlens is not None
                 ends = self.cu_seqlens[1:]
@@ -113,7 +113,7 @@ class Layout:
                 sequence_of_token = torch.searchsorted(ends, position, right=True)
                 return value.reshape(-1).to(ends.device)[sequence_of_token]
         if self.packed and shape == (tokens, 1):
-            return value.reshape(-1)
+            return flat(value)
         try:
             return self.like_tokens(name, value)
         except ValueError:
@@ -206,7 +206,7 @@ def flatten(
         layout, mask_N, num_tokens, num_items_in_batch, num_sequences_in_batch, config, dtype
     )
     return TokenBatch(
-        ids_N=completion_ids.reshape(-1),
+        ids_N=flat(completion_ids),
         mask_N=mask_N,
         advantages_N=advantages_N.to(device, non_blocking=True),
         old_logps_N=_flat_logps(layout, "old_logps", old_logps, dtype),
@@ -218,6 +218,11 @@ def flatten(
         num_sequences=layout.num_sequences,
         state_N=state_N,
     )
+
+
+def flat(value: Tensor) -> Tensor:
+    """Flatten; kernels read token after token, and reshape may return a view with any stride."""
+    return value.reshape(-1).contiguous()
 
 
 def flat_mask(layout: Layout, name: str, mask: Tensor | None) -> Tensor | None:

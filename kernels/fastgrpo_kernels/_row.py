@@ -23,6 +23,13 @@ from ._objective import clip_objective, kl_k3
 from ._reduce import RowResults
 from .config import GRPOLossConfig
 
+# Where a slice of a longer tensor may start anywhere: alignment would compile one more variant.
+_PER_TOKEN = [
+    "tokens_ptr", "scale_ptr", "ids_ptr", "mask_ptr", "advantages_ptr", "old_logps_ptr",
+    "ref_logps_ptr", "policy_weight_ptr", "row_weight_ptr", "logps_ptr", "entropy_ptr", "loss_ptr",
+    "policy_ptr", "kl_ptr", "clip_ptr", "dlogps_ptr", "dentropy_ptr",
+]  # fmt: skip
+
 
 @triton.jit
 def _log1p(x):
@@ -117,9 +124,7 @@ def _token_of_row(tokens_ptr, first_token, i_row):
     return first_token + i_row
 
 
-@triton.jit(
-    do_not_specialize=["first_token"], do_not_specialize_on_alignment=["tokens_ptr", "logits_ptr"]
-)
+@triton.jit(do_not_specialize=["first_token"], do_not_specialize_on_alignment=_PER_TOKEN)
 def _loss_kernel(
     logits_ptr,  # (C, V)
     dlogits_ptr,  # (C, V), may be logits_ptr; None = no gradient
@@ -203,9 +208,7 @@ def _loss_kernel(
             )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["first_token"], do_not_specialize_on_alignment=["tokens_ptr", "logits_ptr"]
-)
+@triton.jit(do_not_specialize=["first_token"], do_not_specialize_on_alignment=_PER_TOKEN)
 def _logps_kernel(
     logits_ptr,  # (C, V)
     dlogits_ptr,  # (C, V), may be logits_ptr; None = forward
@@ -248,7 +251,7 @@ def _logps_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def _scale_kernel(values_ptr, stride, V, scale_ptr, BLOCK_V: tl.constexpr):
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
@@ -359,7 +362,7 @@ def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
 def launch_options(vocabulary: int) -> dict[str, Any]:
     """Return block size and warps for a vocabulary; fixed, since tuning would move the rounding."""
     block = min(8192, triton.next_power_of_2(vocabulary))
-    return {"BLOCK_V": block, "num_warps": max(1, min(16, block // 512))}
+    return {"BLOCK_V": block, "num_warps": max(1, min(32, block // 256))}
 
 
 def _launch_logps(

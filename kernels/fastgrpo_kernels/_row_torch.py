@@ -47,16 +47,19 @@ def loss_rows(
         **{name: None if x is None else x[pick] for name, x in _vectors(batch).items()},
     )
     row = _statistics(logits_CV, chunk.ids_N, chunk.mask_N, config.temperature)
+    dlogps_C = None
     with torch.enable_grad():
         logps_C = row.logps_C.requires_grad_(dlogits_CV is not None)
         found = policy_rows(logps_C, row.entropy_C, chunk, config)
         if dlogits_CV is not None:
             (dlogps_C,) = torch.autograd.grad(found.loss_N.sum(), logps_C)
-            if scale is not None:
-                dlogps_C = dlogps_C * scale
-            _write_dlogits(row, dlogits_CV, dlogps_C, None, config.temperature)
-            if chunk.mask_N is not None:
-                dlogits_CV.masked_fill_(~chunk.mask_N[:, None], 0)
+    # Outside: autograd must not record what is written over the logits.
+    if dlogits_CV is not None and dlogps_C is not None:
+        if scale is not None:
+            dlogps_C = dlogps_C * scale
+        _write_dlogits(row, dlogits_CV, dlogps_C, None, config.temperature)
+        if chunk.mask_N is not None:
+            dlogits_CV.masked_fill_(~chunk.mask_N[:, None], 0)
     for name in ("logps_N", "entropy_N", "loss_N", "policy_N", "kl_N", "clip_N"):
         if getattr(rows, name) is not None:
             getattr(rows, name)[pick] = getattr(found, name).detach()
@@ -149,11 +152,15 @@ def _write_dlogits(
 ) -> None:
     """Write dlogp * (1[target] - p) - dentropy * p * (log p + entropy), times 1 / temperature."""
     ids_C1 = row.ids_C[:, None]
-    gradient_CV = row.e_CV * (-dlogps_C / row.total_C)[:, None]
-    gradient_CV.scatter_(1, ids_C1, (dlogps_C * (row.rest_C / row.total_C))[:, None])
+    p_CV = None
     if dentropy_C is not None:
         p_CV = row.e_CV.scatter(1, ids_C1, row.shifted_CV.gather(1, ids_C1).exp())
         p_CV /= row.total_C[:, None]
-        surprise_CV = row.shifted_CV + (row.entropy_C - row.log_total_C)[:, None]
-        gradient_CV -= torch.where(p_CV > 0, p_CV * surprise_CV, 0) * dentropy_C[:, None]
+    # The statistics are not needed again: their memory is the gradient's.
+    gradient_CV = row.e_CV.mul_((-dlogps_C / row.total_C)[:, None])
+    gradient_CV.scatter_(1, ids_C1, (dlogps_C * (row.rest_C / row.total_C))[:, None])
+    if p_CV is not None and dentropy_C is not None:
+        surprise_CV = row.shifted_CV.add_((row.entropy_C - row.log_total_C)[:, None])
+        surprise_CV.masked_fill_(p_CV == 0, 0)
+        gradient_CV -= p_CV.mul_(surprise_CV).mul_(dentropy_C[:, None])
     dlogits_CV.copy_(gradient_CV.mul_(1 / temperature))

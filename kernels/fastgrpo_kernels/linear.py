@@ -18,7 +18,16 @@ from torch.autograd.function import once_differentiable
 
 from ._backend import row_backend, runs_eagerly
 from ._head import Head, HeadGradients, RowPlan, scaled
-from ._inputs import COUNTED, Layout, LossArguments, check_device, check_ids, flat_mask, flatten
+from ._inputs import (
+    COUNTED,
+    Layout,
+    LossArguments,
+    check_device,
+    check_ids,
+    flat,
+    flat_mask,
+    flatten,
+)
 from ._reduce import RowResults, reduce_rows
 from .config import GRPOLossConfig, GRPOLossOutput
 
@@ -78,7 +87,7 @@ def linear_grpo_loss(
     _check_choice("method", method, ("auto", "single_pass", "recompute"))
     _check_choice("statistics", statistics, ("all", "active"))
     if statistics == "active" and not skip_rows:
-        raise ValueError("statistics='active' leaves rows out: it needs skip_rows=True")
+        raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
     _refuse_unbuilt(
         method=method == "recompute", fp32_logits=fp32_logits, grad_buffer=grad_buffer is not None
     )
@@ -183,7 +192,7 @@ def linear_logps(
         head.hidden,
         head.weight,
         head.bias,
-        ids.reshape(-1),
+        flat(ids),
         tokens_K,
         temperature,
         head.chunk_rows(chunk_rows, num_rows, row_step),

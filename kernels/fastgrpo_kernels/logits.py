@@ -21,6 +21,7 @@ from ._inputs import (
     TokenBatch,
     check_device,
     check_ids,
+    flat,
     flat_mask,
     flatten,
 )
@@ -130,9 +131,7 @@ def selective_logps(
     mask_N = flat_mask(Layout(ids), "mask", mask)
     check_ids(ids.reshape(-1), mask_N, logits.shape[-1])
     row_step = row_backend(backend, logits.device, logits.dtype)
-    logps_N, entropy_N = _SelectiveLogps.apply(
-        logits, ids.reshape(-1), mask_N, temperature, row_step
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    logps_N, entropy_N = _SelectiveLogps.apply(logits, flat(ids), mask_N, temperature, row_step)  # pyright: ignore[reportGeneralTypeIssues]
     return logps_N.view(ids.shape), entropy_N.view(ids.shape)
 
 
