@@ -257,7 +257,7 @@ def test_a_directory_that_holds_something_is_refused(tmp_path, word_problems):
     model = save_small_model(tmp_path / "model")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="output_dir: .* exists and is not an empty directory"):
+    with pytest.raises(ValueError, match=r"output_dir: .* exists and is not an empty directory"):
         Trainer(run_config(tmp_path, word_problems, model))
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
