@@ -56,11 +56,11 @@ class Head:
         ids: Tensor | None,
         needs_gradient: tuple[bool, ...] | None = None,
     ) -> None:
-        if torch.is_autocast_enabled(hidden.device.type) and ids is not None:
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
         if ids is not None:
+            if torch.is_autocast_enabled(hidden.device.type):
+                dtype = torch.get_autocast_dtype(hidden.device.type)
+                hidden, weight = _as_autocast(hidden, dtype), _as_autocast(weight, dtype)
+                bias = None if bias is None else _as_autocast(bias, dtype)
             _check_head(hidden, weight, bias, ids)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.hidden_size, self.vocabulary = hidden.shape[-1], weight.shape[0]
@@ -206,6 +206,11 @@ def scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) ->
         part = flat[first : first + step].to(wide)
         out[first : first + step] = part if scale is None else part * scale
     return result
+
+
+def _as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert as `F.linear` does under autocast: float64 stays."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> None:

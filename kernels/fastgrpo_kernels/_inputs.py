@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import GRPOLossConfig
@@ -126,11 +125,9 @@ class Layout:
         assert self.num_sequences is not None
         if self.cu_seqlens is None:
             return value_N.view(self.shape).sum(1)
-        # Differences of running sums cancel: in fp64 what is left is right to fp32.
-        exact = torch.float64 if value_N.is_floating_point() else torch.int64
-        total = F.pad(value_N.cumsum(0, dtype=exact), (1, 0))
-        bounds = self.cu_seqlens.long()
-        return (total[bounds[1:]] - total[bounds[:-1]]).to(value_N.dtype)
+        lengths_B = self.cu_seqlens.diff().long()
+        sums_B = torch.segment_reduce(value_N.double(), "sum", lengths=lengths_B, unsafe=True)
+        return sums_B.to(value_N.dtype)
 
 
 def flatten(

@@ -94,7 +94,9 @@ def linear_grpo_loss(
     if grad_scale != 1.0:
         raise ValueError(f"grad_scale={grad_scale} belongs to grad_buffer, which was not given")
     head = Head(hidden, weight, bias, completion_ids)
-    batch = flatten(completion_ids, advantages, head.device, config=config, **arguments)
+    batch = flatten(
+        completion_ids, advantages, head.device, head.accumulator_dtype, config=config, **arguments
+    )
     check_ids(batch.ids_N, batch.mask_N, head.vocabulary)
     row_step = row_backend(backend, head.device, head.dtype)
     plan = RowPlan(batch, head.wants_gradient, statistics, skip_rows)

@@ -63,7 +63,8 @@ def grpo_loss(
         NotImplementedError: an option that is not built yet, by name.
     """
     _check_logits(logits, completion_ids)
-    batch = flatten(completion_ids, advantages, logits.device, config=config, **arguments)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    batch = flatten(completion_ids, advantages, logits.device, dtype, config=config, **arguments)
     check_ids(batch.ids_N, batch.mask_N, logits.shape[-1])
     row_step = row_backend(backend, logits.device, logits.dtype)
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
@@ -75,7 +76,7 @@ def grpo_loss(
         batch.ids_N.numel(),
         batch.ref_logps_N is not None,
         logits.device,
-        torch.promote_types(logits.dtype, torch.float32),
+        dtype,
     )
     write_now = inplace and wants_gradient
     with torch.no_grad():
