@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -174,6 +175,13 @@ class TrainConfig:
     def prompts_per_step(self) -> int:
         """Prompts of one optimisation step."""
         return self.completions_per_step // self.num_generations
+
+    def num_steps(self, num_prompts: int) -> int:
+        """Optimisation steps of a run over a dataset of `num_prompts` prompts."""
+        if self.max_steps > 0:
+            return self.max_steps
+        batches = math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_step)
+        return batches * self.num_iterations
 
     def flat(self) -> dict[str, Any]:
         """Return all keys and values as they stand in YAML."""

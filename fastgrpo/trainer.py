@@ -92,7 +92,7 @@ class Trainer:
         )
         self.prompts = PromptSampler(len(self.train_dataset), config.seed)
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.num_steps = _num_steps(config, len(self.train_dataset))
+        self.num_steps = config.num_steps(len(self.train_dataset))
         self.optimizer, self.scheduler = build_optimizer(model, config, self.num_steps)
         self.tokens_seen = 0
 
@@ -102,6 +102,11 @@ class Trainer:
         """Run all steps and return what `summary.json` holds."""
         start = time.perf_counter()
         with self.console:
+            if self.config.top_p < 1 or self.config.top_k > 0:
+                self.console.message(
+                    f"note: top_p={self.config.top_p} and top_k={self.config.top_k} truncate what "
+                    "is sampled; log-probs, ratios and KL are those of the whole distribution"
+                )
             self.warm_start()
             before = self.test_accuracy("before")
             self.console.phase("train", self.num_steps)
@@ -285,13 +290,6 @@ class Trainer:
         summary = self.run.finish(f"rewards/{judge}/mean", **summary)
         self.console.message(f"run directory: {self.run.path}")
         return summary
-
-
-def _num_steps(config: TrainConfig, num_prompts: int) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    batches = config.num_train_epochs * num_prompts / config.prompts_per_step
-    return max(1, math.ceil(batches) * config.num_iterations)
 
 
 @contextmanager

@@ -281,3 +281,13 @@ def test_own_objects_need_no_names(tmp_path, word_problems):
     assert Trainer(config, named).num_steps == 32  # one prompt a step
     with pytest.raises(ValueError, match="model_name_or_path: required"):
         Trainer(config)
+
+
+def test_truncated_sampling_is_said_and_its_log_probs_are_those_of_training(
+    tmp_path, word_problems, capsys
+):
+    model = save_small_model(tmp_path / "model")
+    Trainer(run_config(tmp_path, word_problems, model, top_k=5, top_p=0.9, max_steps=1)).train()
+    assert "top_p=0.9 and top_k=5 truncate" in capsys.readouterr().out
+    (metrics,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4

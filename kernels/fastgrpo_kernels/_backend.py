@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar, cast
@@ -31,6 +32,9 @@ def row_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Modul
     installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
         backend = "triton" if device.type == "cuda" and installed else "torch"
+        if device.type == "cuda" and not installed:
+            # Python shows a warning of one place once.
+            warnings.warn("triton is not installed: using the slower torch backend", stacklevel=3)
     if backend == "torch":
         return importlib.import_module("._row_torch", __package__)
     if not installed:
