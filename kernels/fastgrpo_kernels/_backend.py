@@ -22,7 +22,7 @@ def runs_eagerly(function: _Function) -> _Function:
 
 
 def row_backend(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """Return `_row` (Triton) or `_row_torch`, which have the same functions.
+    """Return `_row_triton` or `_row_torch`, which have the same functions.
 
     Raises:
         ValueError: an unknown backend, or Triton asked for where it cannot run.
@@ -48,7 +48,7 @@ def row_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Modul
             "backend='triton' on CPU tensors runs only under TRITON_INTERPRET=1, set before triton "
             "is imported: use 'torch'"
         )
-    return importlib.import_module("._row", __package__)
+    return importlib.import_module("._row_triton", __package__)
 
 
 def chunk_rows_for(
@@ -82,7 +82,7 @@ def chunk_rows_for(
         budget = min(max(total // 32, budget), 4096 * MIB)
     # Logits, and of each row its hidden state and the fp32 gradient of that.
     row = vocabulary * dtype.itemsize + hidden_size * (dtype.itemsize + 4)
-    if backend.__name__.endswith("_row_torch"):
-        row += vocabulary * 4 * max(4, dtype.itemsize)  # the row step's temporaries
+    # In float64 the temporaries are twice as wide.
+    row += vocabulary * backend.TEMPORARY_BYTES * max(1, dtype.itemsize // 4)
     rows = budget // row
     return max(1, min(rows - rows % 16 if rows >= 16 else rows, max(num_rows, 1)))

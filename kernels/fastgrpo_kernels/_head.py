@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._backend import MIB, chunk_rows_for
-from ._inputs import ACTIVE, MASKED, TokenBatch, check_device
+from ._inputs import ACTIVE, MASKED, TokenBatch, check_device, same_tokens
 
 Tokens = int | Tensor  # the first token of a run of them, or their indices
 
@@ -135,7 +135,7 @@ class HeadGradients:
 
     def __init__(self, head: Head, scale: Tensor | None) -> None:
         self.head = head
-        self.scale = scale  # of dhidden, applied before it is rounded
+        self.scale = scale  # of dhidden, applied in fp32 before it is rounded
 
         def zeros(*shape: int, dtype: torch.dtype = head.accumulator_dtype) -> Tensor:
             return torch.zeros(shape, device=head.device, dtype=dtype)
@@ -224,10 +224,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor
             f"weight must be (V, {hidden.shape[-1]}) for hidden states {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    rows = hidden.shape[:-1]
-    if len(rows) not in (1, 2) or not (
-        rows == ids.shape or (1, *rows) == ids.shape or rows == (1, *ids.shape)
-    ):
+    if not same_tokens(hidden.shape[:-1], ids.shape):
         raise ValueError(
             f"hidden must be {(*ids.shape, 'H')} for ids {tuple(ids.shape)}, "
             f"got {tuple(hidden.shape)}"

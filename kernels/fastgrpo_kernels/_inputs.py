@@ -5,48 +5,18 @@ B sequences, T positions, N tokens (B * T, or packed), V vocabulary.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from .config import GRPOLossConfig
-
-Number = int | float | Tensor
+from .config import GRPOLossConfig, LossArguments, Number
 
 # What a row is: nothing, in the denominators and metrics only, or with a gradient as well.
 MASKED, COUNTED, ACTIVE = 0, 1, 2
-
-
-class LossArguments(TypedDict, total=False):
-    """The arguments that every loss function takes, by keyword; all may be left out."""
-
-    completion_mask: Tensor | None
-    """(B, T) or (N,) bool, int or float 0/1: tokens that count. What stands behind a 0 may be
-    anything, NaN included. May be on the CPU. None: all count."""
-    cu_seqlens: Tensor | None
-    """(B + 1,) int32, packed layout only: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
-    Without it the packed layout allows the token means (dapo, bnpo) only."""
-    old_logps: Tensor | None
-    """Like completion_ids, fp32: log-probs under the policy that starts the optimisation step.
-    None: the call is on-policy, every ratio is exactly 1."""
-    ref_logps: Tensor | None
-    """Like completion_ids, fp32: log-probs under the reference; needed if and only if beta > 0."""
-    importance_sampling_ratio: Tensor | None
-    """Like completion_ids, (B,) or (B, 1): correction for a sampler that is not the policy."""
-    policy_weight: Tensor | None
-    """Like completion_ids, (B,) or (B, 1): multiplies the policy term, not the KL."""
-    entropy_mask: Tensor | None
-    """Like completion_ids: multiplies the policy term and the entropy bonus."""
-    num_items_in_batch: Number | None
-    """Counted tokens of the whole optimisation step, for `dapo`; None: of this call."""
-    num_sequences_in_batch: Number | None
-    """Sequences of the whole optimisation step, for `grpo` and `dr_grpo`; None: of this call."""
-    entropy_denominator: Number | None
-    """Divides the entropy bonus; None: the counted tokens of this call."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +80,7 @@ class Layout:
                 ends = self.cu_seqlens[1:]
                 position = torch.arange(tokens, device=ends.device, dtype=ends.dtype)
                 sequence_of_token = torch.searchsorted(ends, position, right=True)
-                return value.reshape(-1).to(ends.device)[sequence_of_token]
+                return value.reshape(-1).to(ends.device, non_blocking=True)[sequence_of_token]
         if self.packed and shape == (tokens, 1):
             return flat(value)
         try:
@@ -147,21 +117,28 @@ def flatten(
     num_sequences_in_batch: Number | None = None,
     entropy_denominator: Number | None = None,
     config: GRPOLossConfig,
+    **unknown: object,
 ) -> TokenBatch:
     """Check the arguments of a loss function and bring them to one value per token.
 
     Raises:
+        TypeError: an argument that no loss function has.
         ValueError: a shape, device or value does not fit; says which and what would.
     """
+    for name in unknown:
+        nearest = difflib.get_close_matches(name, LossArguments.__annotations__, 1)
+        suggestion = f": did you mean {nearest[0]}?" if nearest else ""
+        raise TypeError(f"unexpected keyword argument {name!r}{suggestion}")
     layout = Layout(completion_ids, cu_seqlens)
     if layout.num_sequences is None and config.loss_type in ("grpo", "dr_grpo"):
         raise ValueError(
             f"loss_type={config.loss_type!r} averages over sequences: give cu_seqlens, "
             "or completion_ids as (B, T)"
         )
-    if (ref_logps is not None) != (config.beta > 0):
-        given = "was given" if ref_logps is not None else "is missing"
-        raise ValueError(f"ref_logps is used if and only if beta > 0: beta={config.beta}, {given}")
+    if config.beta == 0:
+        ref_logps = None  # not read
+    elif ref_logps is None:
+        raise ValueError(f"beta={config.beta} needs ref_logps, the reference's log-probs")
     check_device(device, completion_ids=completion_ids, cu_seqlens=cu_seqlens)
     check_device(device, old_logps=old_logps, ref_logps=ref_logps)
     check_device(device, importance_sampling_ratio=importance_sampling_ratio)
@@ -189,6 +166,10 @@ def flatten(
     if policy_weight_N is not None or not (mask_N is None or advantages_N.device == mask_N.device):
         advantages_N = advantages_N.to(device, non_blocking=True)
         mask_N = None if mask_N is None else mask_N.to(device, non_blocking=True)
+    if policy_weight_N is not None:
+        # An advantage of 0 times an infinite ratio is 0.
+        harmless_N = (advantages_N == 0) & policy_weight_N.isinf()
+        policy_weight_N = policy_weight_N.masked_fill(harmless_N, 0)
     state_N = torch.full_like(advantages_N, ACTIVE, dtype=torch.int8)
     if config.beta == 0:
         factor_N = advantages_N if policy_weight_N is None else advantages_N * policy_weight_N
@@ -232,6 +213,21 @@ def flat_mask(layout: Layout, name: str, mask: Tensor | None) -> Tensor | None:
     if mask_N.device.type == "cpu" and not ((mask_N == 0) | (mask_N == 1)).all():
         raise ValueError(f"{name} must hold 0 and 1 only, got {mask_N.unique()[:4].tolist()} ...")
     return mask_N != 0
+
+
+def same_tokens(rows: torch.Size, ids: torch.Size) -> bool:
+    """Say whether rows of hidden states or logits belong to ids: (1, N) and (N,) are the same."""
+    return len(rows) in (1, 2) and (rows == ids or (1, *rows) == ids or rows == (1, *ids))
+
+
+def upstream_vectors(
+    dlogps_N: Tensor | None, dentropy_N: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Bring the gradients that autograd hands to backward, or does not, to what kernels read."""
+    if dlogps_N is None:
+        assert dentropy_N is not None
+        dlogps_N = torch.zeros_like(dentropy_N)
+    return dlogps_N.contiguous(), None if dentropy_N is None else dentropy_N.contiguous()
 
 
 def check_ids(ids_N: Tensor, mask_N: Tensor | None, vocabulary: int) -> None:
@@ -306,7 +302,7 @@ def _aggregation(
 
 def _at_least_one(number: Number, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(number, Tensor):
-        return number.detach().reshape(()).to(device, dtype).clamp(min=1)
+        return number.detach().reshape(()).to(device, dtype, non_blocking=True).clamp(min=1)
     return torch.full((), max(float(number), 1.0), dtype=dtype, device=device)
 
 

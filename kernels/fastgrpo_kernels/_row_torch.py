@@ -1,4 +1,4 @@
-"""The row step of `_row.py` in torch, for the torch backend: same signatures, same results.
+"""The row step of `_row_triton.py` in torch, for the torch backend: same signatures, same results.
 
 The derivative of the loss with respect to a log-prob is not written again here: it is autograd's,
 of `policy_rows` on the chunk's log-probs.
@@ -18,6 +18,9 @@ from ._inputs import TokenBatch
 from ._reduce import RowResults
 from .config import GRPOLossConfig
 from .policy import policy_rows
+
+TEMPORARY_BYTES = 16
+"""Bytes per logit that a row step needs beside the logits: four fp32 values."""
 
 
 class _Statistics(NamedTuple):
@@ -40,7 +43,7 @@ def loss_rows(
     config: GRPOLossConfig,
     scale: Tensor | None = None,
 ) -> None:
-    """See `_row.loss_rows`."""
+    """See `_row_triton.loss_rows`."""
     pick = slice(tokens, tokens + len(logits_CV)) if isinstance(tokens, int) else tokens
     chunk = replace(
         batch,
@@ -74,7 +77,7 @@ def logps_rows(
     logps_N: Tensor,
     entropy_N: Tensor,
 ) -> None:
-    """See `_row.logps_rows`."""
+    """See `_row_triton.logps_rows`."""
     pick = slice(tokens, tokens + len(logits_CV)) if isinstance(tokens, int) else tokens
     mask_C = None if mask_N is None else mask_N[pick]
     row = _statistics(logits_CV, ids_N[pick], mask_C, temperature)
@@ -92,7 +95,7 @@ def dlogits_rows(
     dlogps_N: Tensor,
     dentropy_N: Tensor | None,
 ) -> None:
-    """See `_row.dlogits_rows`."""
+    """See `_row_triton.dlogits_rows`."""
     pick = slice(tokens, tokens + len(logits_CV)) if isinstance(tokens, int) else tokens
     mask_C = None if mask_N is None else mask_N[pick]
     row = _statistics(logits_CV, ids_N[pick], mask_C, temperature)
@@ -103,7 +106,7 @@ def dlogits_rows(
 
 
 def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
-    """See `_row.scale_rows`."""
+    """See `_row_triton.scale_rows`."""
     values_CV.copy_(values_CV.to(torch.promote_types(values_CV.dtype, torch.float32)) * scale)
 
 

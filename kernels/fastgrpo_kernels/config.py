@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from torch import Tensor
 
+Number = int | float | Tensor
 LossType = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gmpo"
 ]  # fmt: skip
@@ -74,19 +75,24 @@ class GRPOLossConfig:
         for field, choices in _CHOICES.items():
             _check(self, field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
         for field in ("epsilon_low", "epsilon_high", "beta"):
-            _check(self, field, _at_least(getattr(self, field), 0), "a finite number, 0 or more")
+            value = getattr(self, field)
+            _check(self, field, _is_number(value) and value >= 0, "a finite number, 0 or more")
         for field in _POSITIVE:
             value = getattr(self, field)
-            _check(self, field, _at_least(value, 0) and value > 0, "a finite number above 0")
+            _check(self, field, _is_number(value) and value > 0, "a finite number above 0")
         _check(self, "epsilon_low", self.epsilon_low <= 1, "at most 1: ratios are never negative")
-        _check(self, "entropy_coef", math.isfinite(self.entropy_coef), "a finite number")
+        _check(self, "entropy_coef", _is_number(self.entropy_coef), "a finite number")
         if self.delta is not None:
             bound = 1 + self.epsilon_high
-            _check(self, "delta", self.delta > bound, f"above 1 + epsilon_high = {bound}")
+            holds = _is_number(self.delta) and self.delta > bound
+            _check(self, "delta", holds, f"a finite number above 1 + epsilon_high = {bound}")
         if self.logit_softcap is not None:
-            _check(self, "logit_softcap", self.logit_softcap > 0, "above 0, or None for no cap")
+            holds = _is_number(self.logit_softcap) and self.logit_softcap > 0
+            _check(self, "logit_softcap", holds, "a finite number above 0, or None for no cap")
         if self.max_completion_length is not None:
-            _check(self, "max_completion_length", self.max_completion_length >= 1, "1 or more")
+            length = self.max_completion_length
+            holds = _is_number(length) and length >= 1 and length == int(length)
+            _check(self, "max_completion_length", holds, "a whole number, 1 or more")
         elif self.loss_type == "dr_grpo":
             raise ValueError("loss_type='dr_grpo' divides by max_completion_length: set it")
         for field, built in _BUILT.items():
@@ -95,6 +101,34 @@ class GRPOLossConfig:
                     f"{field}={getattr(self, field)!r} is not built yet; built: "
                     + ", ".join(map(repr, built))
                 )
+
+
+class LossArguments(TypedDict, total=False):
+    """The arguments that every loss function takes, by keyword; all may be left out."""
+
+    completion_mask: Tensor | None
+    """(B, T) or (N,) bool, int or float 0/1: tokens that count. What stands behind a 0 may be
+    anything, NaN included. May be on the CPU. None: all count."""
+    cu_seqlens: Tensor | None
+    """(B + 1,) int32, packed layout only: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
+    Without it the packed layout allows the token means (dapo, bnpo) only."""
+    old_logps: Tensor | None
+    """Like completion_ids, fp32: log-probs under the policy that starts the optimisation step.
+    None: the call is on-policy, every ratio is exactly 1."""
+    ref_logps: Tensor | None
+    """Like completion_ids, fp32: log-probs under the reference; read if and only if beta > 0."""
+    importance_sampling_ratio: Tensor | None
+    """Like completion_ids, (B,) or (B, 1): correction for a sampler that is not the policy."""
+    policy_weight: Tensor | None
+    """Like completion_ids, (B,) or (B, 1): multiplies the policy term, not the KL."""
+    entropy_mask: Tensor | None
+    """Like completion_ids: multiplies the policy term and the entropy bonus."""
+    num_items_in_batch: Number | None
+    """Counted tokens of the whole optimisation step, for `dapo`; None: of this call."""
+    num_sequences_in_batch: Number | None
+    """Sequences of the whole optimisation step, for `grpo` and `dr_grpo`; None: of this call."""
+    entropy_denominator: Number | None
+    """Divides the entropy bonus; None: the counted tokens of this call."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +171,8 @@ _BUILT: dict[str, tuple[object, ...]] = {
 }
 
 
-def _at_least(value: float, bound: float) -> bool:
-    return math.isfinite(value) and value >= bound
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check(config: GRPOLossConfig, field: str, holds: bool, must_be: str) -> None:

@@ -21,15 +21,15 @@ from ._head import Head, HeadGradients, RowPlan, scaled
 from ._inputs import (
     COUNTED,
     Layout,
-    LossArguments,
     check_device,
     check_ids,
     flat,
     flat_mask,
     flatten,
+    upstream_vectors,
 )
 from ._reduce import RowResults, reduce_rows
-from .config import GRPOLossConfig, GRPOLossOutput
+from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
 
 @runs_eagerly
@@ -106,7 +106,10 @@ def linear_grpo_loss(
         batch.ids_N.numel(), batch.ref_logps_N is not None, head.device, head.accumulator_dtype
     )
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):
-        gradients = HeadGradients(head, 1 / batch.denominator)
+        # dX is rounded to its type with the mantissa of 1 / denominator on it; the power of two,
+        # which would take fp16 below its smallest number, is exact and waits for the upstream.
+        mantissa, exponent = torch.frexp(1 / batch.denominator)
+        gradients = HeadGradients(head, mantissa)
         # Computed or not, a masked row must not reach the gradient of the weight: 0 * NaN is NaN.
         kept_N = None if plan.skips_masked else batch.mask_N
         for part, tokens, hidden_CH, logits_CV in head.chunks(
@@ -131,13 +134,12 @@ def linear_grpo_loss(
     if head.wants_gradient:
         loss = _KnownGradients.apply(
             loss,
+            torch.ldexp(torch.ones_like(mantissa), exponent),
             1 / batch.denominator,
-            head.hidden,
-            head.weight,
-            head.bias,
-            gradients.dhidden,
-            gradients.dweight_VH,
-            gradients.dbias_V,
+            hidden,
+            weight,
+            bias,
+            gradients,
         )
     shape = completion_ids.shape
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
@@ -207,24 +209,25 @@ class _KnownGradients(torch.autograd.Function):
     """A loss whose gradients were computed with it; backward scales them by the upstream."""
 
     @staticmethod
-    def forward(ctx, loss, scale, hidden, weight, bias, dhidden, dweight_VH, dbias_V):
-        ctx.save_for_backward(scale, dhidden, dweight_VH, dbias_V)
+    def forward(ctx, loss, hidden_scale, weight_scale, hidden, weight, bias, gradients):
+        ctx.save_for_backward(
+            hidden_scale, weight_scale, gradients.dhidden, gradients.dweight_VH, gradients.dbias_V
+        )
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        scale, dhidden, dweight_VH, dbias_V = ctx.saved_tensors
+        hidden_scale, weight_scale, dhidden, dweight_VH, dbias_V = ctx.saved_tensors
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         return (
             None,
             None,
-            scaled(dhidden, upstream, hidden_dtype),
-            scaled(dweight_VH, upstream * scale, weight_dtype),
-            scaled(dbias_V, upstream * scale, bias_dtype),
             None,
-            None,
+            scaled(dhidden, upstream * hidden_scale, hidden_dtype),
+            scaled(dweight_VH, upstream * weight_scale, weight_dtype),
+            scaled(dbias_V, upstream * weight_scale, bias_dtype),
             None,
         )
 
@@ -234,6 +237,7 @@ class _LinearLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, ids_N, tokens_K, temperature, chunk, row_step):
         ctx.save_for_backward(hidden, weight, bias, ids_N, tokens_K)
         ctx.options = temperature, chunk, row_step
+        ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
         head = Head(hidden, weight, bias, None)
         num_rows = len(ids_N) if tokens_K is None else len(tokens_K)
         logps_N = torch.zeros(ids_N.shape, device=head.device, dtype=head.accumulator_dtype)
@@ -251,7 +255,7 @@ class _LinearLogps(torch.autograd.Function):
         head = Head(hidden, weight, bias, None, ctx.needs_input_grad[:3])
         num_rows = len(ids_N) if tokens_K is None else len(tokens_K)
         gradients = HeadGradients(head, None)
-        dlogps_N, dentropy_N = dlogps_N.contiguous(), dentropy_N.contiguous()
+        dlogps_N, dentropy_N = upstream_vectors(dlogps_N, dentropy_N)
         with torch.autocast(head.device.type, enabled=False):
             for _, tokens, hidden_CH, logits_CV in head.chunks([(0, num_rows)], tokens_K, chunk):
                 row_step.dlogits_rows(

@@ -17,16 +17,17 @@ from ._backend import chunk_rows_for, row_backend, runs_eagerly
 from ._inputs import (
     ACTIVE,
     Layout,
-    LossArguments,
     TokenBatch,
     check_device,
     check_ids,
     flat,
     flat_mask,
     flatten,
+    same_tokens,
+    upstream_vectors,
 )
 from ._reduce import RowResults, reduce_rows
-from .config import GRPOLossConfig, GRPOLossOutput
+from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
 
 @runs_eagerly
@@ -185,6 +186,7 @@ class _SelectiveLogps(torch.autograd.Function):
     def forward(ctx, logits, ids_N, mask_N, temperature, row_step):
         ctx.save_for_backward(logits, ids_N, mask_N)
         ctx.options = temperature, row_step
+        ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logps_N = torch.zeros(ids_N.shape, device=logits.device, dtype=dtype)
         entropy_N = torch.zeros_like(logps_N)
@@ -198,7 +200,7 @@ class _SelectiveLogps(torch.autograd.Function):
         logits, ids_N, mask_N = ctx.saved_tensors
         temperature, row_step = ctx.options
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        dlogps_N, dentropy_N = dlogps_N.contiguous(), dentropy_N.contiguous()
+        dlogps_N, dentropy_N = upstream_vectors(dlogps_N, dentropy_N)
         for first, logits_CV, dlogits_CV in _pieces(logits, gradient, row_step):
             row_step.dlogits_rows(
                 logits_CV, dlogits_CV, first, ids_N, mask_N, temperature, dlogps_N, dentropy_N
@@ -228,7 +230,7 @@ def _pieces(
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Cut logits into matrices: one, or one a sequence if they are a strided view.
 
-    The torch row step needs temporaries: it gets no more rows at a time than its budget allows.
+    A row step that needs temporaries gets no more rows at a time than their budget allows.
     """
     vocabulary = logits.shape[-1]
     mergeable = logits.dim() == 2 or logits.is_contiguous()
@@ -237,7 +239,7 @@ def _pieces(
     first = 0
     for matrix in matrices:
         step = len(matrix)
-        if row_step.__name__.endswith("_row_torch"):
+        if row_step.TEMPORARY_BYTES:
             step = chunk_rows_for(
                 None,
                 num_rows=len(matrix),
@@ -261,8 +263,7 @@ def _pieces(
 
 
 def _check_logits(logits: Tensor, ids: Tensor) -> None:
-    rows = logits.shape[:-1]
-    if len(rows) not in (1, 2) or rows != ids.shape:
+    if not same_tokens(logits.shape[:-1], ids.shape):
         raise ValueError(
             f"logits must be {(*ids.shape, 'V')} for ids {tuple(ids.shape)}, "
             f"got {tuple(logits.shape)}"

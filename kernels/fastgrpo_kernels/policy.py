@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._inputs import ACTIVE, Layout, LossArguments, TokenBatch, check_device, flat_mask, flatten
+from ._inputs import ACTIVE, Layout, TokenBatch, check_device, flat_mask, flatten
 from ._reduce import RowResults, reduce_rows
-from .config import GRPOLossConfig, GRPOLossOutput
+from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
 # exp of more than this is not needed to see that policies have drifted apart, and overflows soon.
 MAX_EXPONENT = 60.0
@@ -187,8 +187,11 @@ def importance_weights(
         raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
     if not 0 <= clip_min < clip_max:
         raise ValueError(f"0 <= clip_min < clip_max must hold, got {clip_min} and {clip_max}")
-    difference_N, layout = _sampler_difference(logps, sampling_logps, completion_mask, cu_seqlens)
-    if mode.startswith("sequence"):
+    by_sequence = mode.startswith("sequence")
+    difference_N, layout = _sampler_difference(
+        logps, sampling_logps, completion_mask, cu_seqlens, by_sequence
+    )
+    if by_sequence:
         difference_N = layout.per_token("difference", layout.sum_sequences(difference_N))
     ratio_N = difference_N.clamp(max=MAX_EXPONENT).exp()
     if mode.endswith("truncate"):
@@ -218,8 +221,10 @@ def off_policy_mask(
     Raises:
         ValueError: shapes that do not fit.
     """
-    difference_N, layout = _sampler_difference(logps, sampling_logps, completion_mask, cu_seqlens)
-    if layout.num_sequences is None or tuple(advantages.shape) != (layout.num_sequences,):
+    difference_N, layout = _sampler_difference(
+        logps, sampling_logps, completion_mask, cu_seqlens, by_sequence=True
+    )
+    if tuple(advantages.shape) != (layout.num_sequences,):
         raise ValueError(
             f"advantages must be one per sequence ({layout.num_sequences},), "
             f"got {tuple(advantages.shape)}"
@@ -256,7 +261,7 @@ def top_entropy_mask(
         mask_N = torch.ones_like(entropy_N, dtype=torch.bool)
     if not mask_N.any():
         return torch.zeros_like(entropy, dtype=torch.float32)
-    threshold = entropy_N[mask_N].quantile(1 - quantile)
+    threshold = entropy_N[mask_N].nanquantile(1 - quantile)  # NaN: not computed
     return ((entropy_N >= threshold) & mask_N).to(torch.float32).view(entropy.shape)
 
 
@@ -265,6 +270,7 @@ def _sampler_difference(
     sampling_logps: Tensor,
     completion_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    by_sequence: bool,
 ) -> tuple[Tensor, Layout]:
     """Return logps - sampling_logps (N,) in fp32, 0 where masked or not known, and the layout."""
     check_device(
@@ -274,6 +280,8 @@ def _sampler_difference(
         cu_seqlens=cu_seqlens,
     )
     layout = Layout(logps, cu_seqlens)
+    if by_sequence and layout.num_sequences is None:
+        raise ValueError("one weight per sequence needs cu_seqlens, or logps as (B, T)")
     sampling_N = layout.like_tokens("sampling_logps", sampling_logps.detach()).float()
     difference_N = logps.detach().reshape(-1).float() - sampling_N
     known_N = ~sampling_N.isnan()

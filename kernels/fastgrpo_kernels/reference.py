@@ -1,9 +1,10 @@
 """The specification: log-probs and losses from logits and hidden states in plain PyTorch.
 
-Every function here has the signature and the meaning of its fused twin, holds the logits in full,
-takes its gradient from autograd and computes in the inputs' type, up to float64. It is the oracle
-of the tests and the baseline of the benchmarks. The loss itself, from log-probs on, is
-`policy_loss`, which the fused functions share.
+Every function here has the meaning of its fused twin and its arguments but those that say how to
+compute (`backend`, `chunk_rows`, ...). It holds the logits in full, takes its gradient from
+autograd and computes in the inputs' type, up to float64. It is the oracle of the tests and the
+baseline of the benchmarks. The loss itself, from log-probs on, is `policy_loss`, which the fused
+functions share.
 
 B sequences, T positions, N tokens (B * T, or packed), H hidden, V vocabulary.
 """
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._inputs import Layout, LossArguments, check_ids, flat_mask
-from .config import GRPOLossConfig, GRPOLossOutput
+from ._inputs import Layout, check_ids, flat_mask
+from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 from .policy import policy_loss
 
 
@@ -27,6 +28,8 @@ def selective_logps(
     *,
     mask: Tensor | None = None,  # like ids
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-prob of each id and entropy of each distribution, like `ids`, 0 where masked."""
     layout = Layout(ids)
@@ -38,7 +41,10 @@ def selective_logps(
         logits_NV = logits_NV.masked_fill(~mask_N[:, None], 0)
         ids_N = ids_N.masked_fill(~mask_N, 0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    all_logps_NV = (logits_NV.to(dtype) / temperature).log_softmax(-1)
+    logits_NV = logits_NV.to(dtype) * logit_scale
+    if logit_softcap is not None:
+        logits_NV = logit_softcap * torch.tanh(logits_NV / logit_softcap)
+    all_logps_NV = (logits_NV / temperature).log_softmax(-1)
     logps_N = all_logps_NV.gather(-1, ids_N.long()[:, None])[:, 0]
     # A column of probability 0 contributes 0, in value and in gradient.
     possible_NV = all_logps_NV.detach() != -torch.inf
@@ -58,10 +64,17 @@ def linear_logps(
     bias: Tensor | None = None,  # (V,)
     mask: Tensor | None = None,  # like ids
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `selective_logps` of the logits `hidden @ weight.T + bias`."""
     return selective_logps(
-        _logits(hidden, weight, ids, bias, mask), ids, mask=mask, temperature=temperature
+        _logits(hidden, weight, ids, bias, mask),
+        ids,
+        mask=mask,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
     )
 
 

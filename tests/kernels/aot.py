@@ -1,4 +1,4 @@
-"""Compiles for real GPUs what the launchers of `_row.py` launch, with no GPU; prints JSON.
+"""Compiles for real GPUs what the launchers of `_row_triton.py` launch, with no GPU; prints JSON.
 
 The interpreter and the compiler cannot share a process: the tests run this file as a script, with
 TRITON_INTERPRET unset. Nothing is written out by hand that a launcher decides (types, alignment,
@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from fastgrpo_kernels import (
     GRPOLossConfig,
-    _row,
+    _row_triton,
     grpo_loss,
     linear,
     linear_grpo_loss,
@@ -90,7 +90,7 @@ def compile_only(arch: int) -> Iterator[list[Launch]]:
 
 
 def row_steps(dtype: torch.dtype, vocabulary: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield every launch of `_row.py` that differs in its kernel or in the pointers it is given."""
+    """Yield every launch that differs in its kernel or in the pointers it is given."""
     logits_CV = torch.empty(2, vocabulary, dtype=dtype)
     ids_N = torch.zeros(TOKENS, dtype=torch.int64)
     values_N = torch.zeros(TOKENS)
@@ -116,15 +116,17 @@ def row_steps(dtype: torch.dtype, vocabulary: int) -> Iterator[tuple[str, Callab
         config = GRPOLossConfig(beta=0.04 if everything else 0.0)
         dlogits_CV = logits_CV if gradient else None
         with_scale = scale if everything and gradient else None
-        _row.loss_rows(logits_CV, dlogits_CV, tokens, batch, rows, config, with_scale)
+        _row_triton.loss_rows(logits_CV, dlogits_CV, tokens, batch, rows, config, with_scale)
 
     def logps_rows(tokens: int | torch.Tensor, mask: torch.Tensor | None) -> None:
-        _row.logps_rows(logits_CV, tokens, ids_N, mask, 1.0, values_N, values_N)
+        _row_triton.logps_rows(logits_CV, tokens, ids_N, mask, 1.0, values_N, values_N)
 
     def dlogits_rows(tokens: int | torch.Tensor, mask, dentropy_N) -> None:
-        _row.dlogits_rows(logits_CV, logits_CV, tokens, ids_N, mask, 1.0, values_N, dentropy_N)
+        _row_triton.dlogits_rows(
+            logits_CV, logits_CV, tokens, ids_N, mask, 1.0, values_N, dentropy_N
+        )
 
-    yield "scale", lambda: _row.scale_rows(logits_CV, scale)
+    yield "scale", lambda: _row_triton.scale_rows(logits_CV, scale)
     for where, tokens in (("first", 16), ("list", torch.arange(2))):
         for everything, gradient in itertools.product((False, True), repeat=2):
             name = f"loss-{where}-{'all' if everything else 'none'}"
@@ -180,7 +182,7 @@ def compile_rows(arch: int, dtype: str, vocabulary: int) -> list[dict[str, Any]]
 
 def compile_block(arch: int, block: int, warps: int) -> list[dict[str, Any]]:
     """Compile the two heaviest launches with another block size."""
-    _row.launch_options = lambda vocabulary: {"BLOCK_V": block, "num_warps": warps}
+    _row_triton.launch_options = lambda vocabulary: {"BLOCK_V": block, "num_warps": warps}
     results = []
     with compile_only(arch) as launches:
         for name, launch in row_steps(torch.bfloat16, VOCABULARIES[0]):
@@ -198,7 +200,7 @@ def count_variants() -> dict[str, dict[str, Any]]:
         For each kernel and set of pointers: the number of launches, and for each compiled variant
         the arguments that it was compiled for being a multiple of 16, or 1.
     """
-    linear.row_backend = logits.row_backend = lambda *_: _row  # refused on a CPU otherwise
+    linear.row_backend = logits.row_backend = lambda *_: _row_triton  # refused on a CPU otherwise
     with compile_only(90) as launches:
         for chunk_rows, length, start in itertools.product(
             (1, 16, None), (1, 16, 17, 33), (0, 1, 16, 33)

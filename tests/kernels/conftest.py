@@ -6,9 +6,11 @@ from loss_cases import BACKENDS
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrpo_kernels import _row
+    from fastgrpo_kernels import _row_triton
 
-    monkeypatch.setattr(_row, "launch_options", lambda vocabulary: {"BLOCK_V": 16, "num_warps": 1})
+    monkeypatch.setattr(
+        _row_triton, "launch_options", lambda vocabulary: {"BLOCK_V": 16, "num_warps": 1}
+    )
 
 
 @pytest.fixture(params=BACKENDS)

@@ -196,11 +196,7 @@ ELSEWHERE = "meta"
             for name in ("old_logps", "importance_sampling_ratio", "policy_weight", "entropy_mask")
         ),
         # the reference
-        ({"ref_logps": ones(2, 3)}, "if and only if beta > 0: beta=0.0, was given"),
-        (
-            {"config": GRPOLossConfig(beta=0.1)},
-            "if and only if beta > 0: beta=0.1, is missing",
-        ),
+        ({"config": GRPOLossConfig(beta=0.1)}, "beta=0.1 needs ref_logps"),
         # sequences
         ({"cu_seqlens": cu(0, 3, 6)}, "cu_seqlens belongs to the packed layout"),
         (
@@ -318,7 +314,11 @@ LOGITS = ones(2, 3, 7)
         ),
         (
             lambda: off_policy_mask(ones(3), ones(3), ones(3), threshold=0.1),
-            "advantages must be one per sequence (None,), got (3,)",
+            "one weight per sequence needs cu_seqlens, or logps as (B, T)",
+        ),
+        (
+            lambda: importance_weights(ones(3), ones(3), mode="sequence_mask"),
+            "one weight per sequence needs cu_seqlens, or logps as (B, T)",
         ),
         (lambda: top_entropy_mask(ones(3), quantile=0.0), "quantile must be in (0, 1], got 0.0"),
         (lambda: top_entropy_mask(ones(3), quantile=1.1), "quantile must be in (0, 1], got 1.1"),

@@ -20,6 +20,7 @@ FLOORS = (  # DESIGN.md, the one direction of imports
     {"_reduce"},
     {"policy"},
     {"reference", "_row", "_row_torch", "_head"},
+    {"_row_triton"},
     {"logits", "linear"},
     {"__init__"},
 )
