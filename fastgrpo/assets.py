@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ConfigError, TrainConfig
-from .data import encode_prompt, load_prompts
+from .data import load_prompts
 from .model import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -61,21 +61,21 @@ def load_assets(config: TrainConfig) -> Assets:
         prompt_column=config.prompt_column,
     )
     train_dataset = load_split(split=config.dataset_train_split)
-    test_split, test_dataset = config.dataset_test_split, None
-    if test_split is not None:
-        test_dataset = load_split(split=test_split)
-        if config.max_eval_samples is not None:
-            count = min(config.max_eval_samples, len(test_dataset))
-            test_dataset = test_dataset.select(range(count))
+    test_dataset = None
+    if config.dataset_test_split is not None:
+        test_dataset = _measured(load_split(split=config.dataset_test_split), config)
     tokenizer = load_tokenizer(str(config.model_name_or_path))
-    # A prompt that cannot be encoded should not wait for the model to be loaded.
-    encode_prompt(train_dataset[0]["prompt"], tokenizer, system_prompt=config.system_prompt)
     model = load_model(
         str(config.model_name_or_path), attn_implementation=config.attn_implementation
     )
     return Assets(
         model=model, tokenizer=tokenizer, train_dataset=train_dataset, test_dataset=test_dataset
     )
+
+
+def _measured(dataset: Dataset, config: TrainConfig) -> Dataset:
+    count = config.max_eval_samples
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
 def _arithmetic(config: TrainConfig) -> Assets:
@@ -100,7 +100,7 @@ def _arithmetic(config: TrainConfig) -> Assets:
         model=model,
         tokenizer=tokenizer,
         train_dataset=datasets["train"],
-        test_dataset=datasets["test"],
+        test_dataset=_measured(datasets["test"], config),
         validation_dataset=datasets["validation"],
         warm_start=warm_start,
     )

@@ -28,16 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="for example learning_rate=3e-6"
     )
     options = parser.parse_args(arguments)
+    where = "nothing was written"
     try:
         config = load_config(options.config, options.overrides)
         trainer = build_trainer(config, Path(options.config).stem)
+        where = f"what was written is in {trainer.run.path}"
+        trainer.train()
     except ConfigError as error:
         print(f"fastgrpo: {error}", file=sys.stderr)
         return 2
-    try:
-        trainer.train()
     except KeyboardInterrupt:
-        print(f"fastgrpo: interrupted; what was written is in {trainer.run.path}", file=sys.stderr)
+        print(f"fastgrpo: interrupted; {where}", file=sys.stderr)
         return 130
     return 0
 
@@ -52,5 +53,5 @@ def build_trainer(config: TrainConfig, run_name: str) -> Trainer:
 
     try:
         return Trainer(config, run_name=run_name)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error

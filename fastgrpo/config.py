@@ -49,7 +49,7 @@ class TrainConfig:
     """Put before every prompt, which then goes through the tokenizer's chat template."""
     task: Literal["arithmetic"] | None = None
     """A task made on the spot instead of a model and a dataset: no download."""
-    warm_start_accuracy: float = 0.3
+    warm_start_accuracy: float = 0.28
     """With `task`: supervised training goes on until sampled answers are right this often."""
 
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
@@ -73,6 +73,8 @@ class TrainConfig:
     """Sample from the smallest set of tokens whose probability reaches this."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0: all."""
+    max_generation_batch_size: int | None = None
+    """Completions decoded at once, which bounds the KV cache; None: all of an optimisation step."""
     per_device_train_batch_size: int = 8
     """Completions in one forward and backward pass."""
     gradient_accumulation_steps: int = 1
@@ -128,8 +130,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        if self.task is not None and (self.model_name_or_path or self.dataset_name):
-            problems.append("task: makes its own model and dataset; leave their names out")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{f.name}: must be finite, got {value}")
+            elif self.task is not None and f.name in _NOT_WITH_TASK and value != f.default:
+                problems.append(f"{f.name}: task makes its own model and dataset; leave it out")
         if self.num_generations < 2:
             problems.append(
                 f"num_generations: must be at least 2, got {self.num_generations}: a completion "
@@ -155,16 +161,24 @@ class TrainConfig:
         for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 problems.append(f"{name}: must be above 0, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"{name}: must be 0 or more and below 1, got {getattr(self, name)}")
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            problems.append(f"reward_weights: must be finite, got {self.reward_weights}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p: must be above 0 and at most 1, got {self.top_p}")
         if problems:
             raise ConfigError("\n".join(problems))
-        loss = dataclasses.replace(
-            self.loss,
-            temperature=self.temperature,
-            max_completion_length=self.max_completion_length,
+        object.__setattr__(
+            self,
+            "loss",
+            dataclasses.replace(
+                self.loss,
+                temperature=self.temperature,
+                max_completion_length=self.max_completion_length,
+            ),
         )
-        object.__setattr__(self, "loss", loss)
 
     @property
     def completions_per_step(self) -> int:
@@ -190,7 +204,18 @@ class TrainConfig:
         return values | {name: getattr(self.loss, name) for name in _LOSS_KEYS}
 
 
+_NOT_WITH_TASK = (
+    "model_name_or_path",
+    "attn_implementation",
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_test_split",
+    "prompt_column",
+    "system_prompt",
+)
 _AT_LEAST_ONE = (
+    "max_generation_batch_size",
     "max_completion_length",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -232,16 +257,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
+    over: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r}: overrides look like key=value")
         try:
-            values[key.lstrip("-")] = yaml.safe_load(text)
+            over[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {text!r} cannot be read as YAML: {error}") from None
     try:
-        return config_from(values)
+        return config_from(_without_epsilon(values) | _without_epsilon(over))
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from None
 
@@ -255,16 +281,13 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     own = typing.get_type_hints(TrainConfig)
     del own["loss"]
     loss = {k: v for k, v in typing.get_type_hints(GRPOLossConfig).items() if k in _LOSS_KEYS}
-    values = dict(values)
-    if "epsilon" in values:  # TRL's name: one bound for both sides unless epsilon_high is given
-        values.setdefault("epsilon_low", values["epsilon"])
-        values.setdefault("epsilon_high", values.pop("epsilon"))
+    values = _without_epsilon(values)
     problems: list[str] = []
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         hint = own.get(key, loss.get(key))
         if hint is None:
-            nearest = difflib.get_close_matches(str(key), [*own, *loss], 1, 0.5)
+            nearest = difflib.get_close_matches(str(key), [*own, *loss], 1, 0.6)
             suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
             problems.append(f"{key}: unknown key{suggestion}")
             continue
@@ -282,6 +305,17 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from None
     return TrainConfig(**arguments, loss=loss_config)
+
+
+def _without_epsilon(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write TRL's `epsilon` as epsilon_low, and as epsilon_high where that is not given."""
+    values = dict(values)
+    if "epsilon" in values:
+        if "epsilon_low" in values:
+            raise ConfigError("epsilon: is TRL's name of epsilon_low, which is given too")
+        values["epsilon_low"] = values.pop("epsilon")
+        values.setdefault("epsilon_high", values["epsilon_low"])
+    return values
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -86,7 +86,7 @@ def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
     if split != "train":
         raise ValueError(
             f"dataset file {str(path)!r} is one split, 'train', so split {split!r} does not exist; "
-            "put the other rows in a file of their own"
+            "use a folder with the files train and test"
         )
     if path.stat().st_size == 0:
         raise ValueError(f"dataset file {str(path)!r} is empty; put one prompt in each row")
@@ -195,6 +195,34 @@ def encode_prompt(
             f"the prompt {prompt!r:.80} encodes to no token; a model needs one to start"
         )
     return list(ids)
+
+
+def check_prompts(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    system_prompt: str | None,
+    room: int,
+) -> None:
+    """Refuse a dataset with a prompt that cannot be encoded or leaves no room for a completion.
+
+    Args:
+        dataset: has a column `prompt`.
+        tokenizer: encodes them.
+        system_prompt: put before every prompt.
+        room: tokens a prompt may have: the model's positions less `max_completion_length`.
+
+    Raises:
+        ValueError: names the first such row, and what to do.
+    """
+    for row, prompt in enumerate(dataset["prompt"]):
+        length = len(encode_prompt(prompt, tokenizer, system_prompt=system_prompt))
+        if length > room:
+            raise ValueError(
+                f"max_completion_length: the prompt of row {row} has {length} tokens, and the "
+                f"model has room for {room} beside the completion; lower max_completion_length, or "
+                "leave such prompts out of the dataset"
+            )
 
 
 class PromptSampler:

@@ -47,6 +47,7 @@ def batch_loss(
 @torch.no_grad()
 def batch_logps(policy: Policy, batch: Batch, micro_batch_size: int, temperature: float) -> Tensor:
     """Return the log-probs (B, T) of a batch's completions, 0 where masked."""
+    policy.model.eval()  # as when sampling: no dropout
     logps_BT = torch.zeros_like(batch.sampling_logps)
     first = 0
     for micro in batch.split(micro_batch_size):

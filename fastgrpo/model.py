@@ -9,6 +9,7 @@ B sequences, L positions (prompt and completion), H hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +110,16 @@ class Policy:
 
     def frozen_copy(self) -> Policy:
         """Return a copy that is never trained: the reference of the KL term."""
-        model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        return Policy(model, self.tokenizer, bf16=self.bf16)
+        frozen = copy.copy(self)
+        frozen.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        frozen.head = frozen.model.get_output_embeddings()
+        return frozen
 
-    def check_length(self, max_completion_length: int) -> None:
-        """Refuse completions that fill all positions the model has.
-
-        Raises:
-            ValueError: no room would be left for a prompt.
-        """
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and max_completion_length >= positions:
-            raise ValueError(
-                f"max_completion_length: {max_completion_length} leaves no room for a prompt in "
-                f"the {positions} positions of this model; lower it"
-            )
+    @property
+    def positions(self) -> int:
+        """Tokens that prompt and completion may have together."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return sys.maxsize if limit is None else limit
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in backward; transformers 5.23 renamed the switch."""
@@ -139,29 +135,36 @@ def check_head(model: PreTrainedModel) -> None:
         ValueError: what the fused loss would compute is not what the model computes.
     """
     name = type(model).__name__
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no LM head: a causal language model is needed")
-    device = next(model.parameters()).device
-    ids = torch.arange(4, device=device)[None] % head.weight.shape[0]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        ours = F.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
-    model.train(was_training)
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
-        config = model.config.get_text_config()
-        found = [
-            f"{option} = {getattr(config, option)}"
-            for option in _LOGIT_OPTIONS
-            if getattr(config, option, None) not in (None, 1, 1.0)
-        ]
+    config = model.config.get_text_config()
+    options = {option: getattr(config, option, None) for option in _LOGIT_OPTIONS}
+    applied = [f"{key} = {value}" for key, value in options.items() if value not in (None, 1, 1.0)]
+    if not applied and not torch.allclose(*_logits_both_ways(model, head), rtol=1e-3, atol=1e-3):
+        applied = ["something else is applied"]
+    if applied:
         raise ValueError(
-            f"the logits of {name} are not hidden @ weight.T + bias "
-            f"({', '.join(found) or 'something else is applied'}): such heads are not built yet"
+            f"the logits of {name} are not hidden @ weight.T + bias ({', '.join(applied)}): such "
+            "heads are not built yet"
         )
+
+
+@torch.no_grad()
+def _logits_both_ways(model: PreTrainedModel, head: Any) -> tuple[Tensor, Tensor]:
+    """Return the logits of a few tokens from the model and from its hidden states, in fp32."""
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    was_training = model.training
+    attention: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+    model.eval()
+    model.set_attn_implementation("eager")  # flash attention would refuse fp32
+    try:
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(was_training)
+    return F.linear(hidden, head.weight, getattr(head, "bias", None)).float(), logits.float()
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -48,6 +49,17 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to `max_norm` and return the norm they had."""
-    return nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to `max_norm` and return the norm they had.
+
+    Raises:
+        FloatingPointError: the norm is infinite or NaN; the weights have not been touched.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    norm = float(nn.utils.clip_grad_norm_(trainable, max_norm))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the norm of the gradient is {norm}; the weights are still those of the step before. "
+            "Lower learning_rate, or look at the last rewards in completions.jsonl"
+        )
+    return norm

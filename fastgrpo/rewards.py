@@ -139,6 +139,34 @@ def load_rewards(
     ]
 
 
+def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
+    """Refuse reward functions that cannot be called with the columns of a dataset.
+
+    Raises:
+        ValueError: names the function and what it lacks, or the column in its way.
+    """
+    taken = _OWN_ARGUMENTS.intersection(columns)
+    if taken:
+        raise ValueError(
+            f"the dataset has a column named {sorted(taken)[0]!r}, which reward functions are "
+            "given already; rename it"
+        )
+    arguments: dict[str, Any] = {name: [] for name in _OWN_ARGUMENTS.union(columns) - {"prompt"}}
+    for reward in rewards:
+        try:
+            inspect.signature(reward.function).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"reward function {reward.name!r} cannot be called with the dataset's columns "
+                f"{', '.join(columns)}: {error}; take what is not needed as **columns"
+            ) from None
+        if reward.function is accuracy:
+            accuracy(**arguments)  # looks for its column
+
+
+_OWN_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+
+
 def decode_completions(
     prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], tokenizer: Any
 ) -> list[Completion]:

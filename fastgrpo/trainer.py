@@ -8,14 +8,15 @@ P prompts, G completions a prompt, B = P * G completions, K reward functions.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import set_seed
 
 from .advantages import group_advantages
 from .assets import Assets, load_assets
@@ -23,13 +24,13 @@ from .batch import Batch, make_batch
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .console import Console
-from .data import PromptSampler, encode_prompt
+from .data import PromptSampler, check_prompts, encode_prompt
 from .evaluate import evaluate
 from .loss import batch_logps, batch_loss, sampling_difference
 from .metrics import StepMetrics, peak_memory_gib, rollout_metrics
 from .model import Policy
 from .optim import build_optimizer, clip_gradients
-from .rewards import decode_completions, load_rewards, score
+from .rewards import check_columns, decode_completions, load_rewards, score
 from .rollout import SamplingParams
 from .rollout.static import StaticCacheRollout
 from .run_directory import RunDirectory
@@ -62,12 +63,13 @@ class Trainer:
         """
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)
         self.config = config
         self.console = console or Console(logging_steps=config.logging_steps)
         self.rewards = load_rewards(config.reward_funcs, config.reward_weights)
         self.assets = assets = assets or load_assets(config)
         self.train_dataset, self.test_dataset = assets.train_dataset, assets.test_dataset
+        check_columns(self.rewards, self.train_dataset.column_names)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bf16 = config.bf16
         if bf16 is None:
@@ -75,7 +77,12 @@ class Trainer:
         model = assets.model
         model.to(device)  # pyright: ignore[reportArgumentType] - a wrapper hides its signature
         self.policy = Policy(model, assets.tokenizer, bf16=bf16)
-        self.policy.check_length(config.max_completion_length)
+        check_prompts(
+            self.train_dataset,
+            assets.tokenizer,
+            system_prompt=config.system_prompt,
+            room=self.policy.positions - config.max_completion_length,
+        )
         if config.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.reference = self.policy.frozen_copy() if config.loss.beta > 0 else None
@@ -83,6 +90,7 @@ class Trainer:
             model,
             eos_token_ids=self.policy.eos_token_ids,
             pad_token_id=self.policy.pad_token_id,
+            max_batch=config.max_generation_batch_size,
         )
         self.sampling = SamplingParams(
             max_completion_length=config.max_completion_length,
@@ -116,7 +124,7 @@ class Trainer:
                 batch, metrics = self.collect(step + 1, times)
                 for _ in range(min(self.config.num_iterations, self.num_steps - step)):
                     step += 1
-                    self.log(step, batch, metrics | self.optimise(step, batch, times), times)
+                    self.log(step, batch, metrics | self.optimise(batch, times), times)
                     if self.config.save_steps and step % self.config.save_steps == 0:
                         self.save(self.run.path / "checkpoints" / f"step-{step}")
                     times = {}
@@ -131,7 +139,7 @@ class Trainer:
             return
         self.console.phase("warm start", None)
         steps = self.assets.warm_start(
-            accuracy=lambda: self.measure(validation, self.config.temperature),
+            accuracy=lambda: self.measure(validation, self.sampling),
             on_step=lambda step, loss: self.console.step({"step": step, "loss": loss}),
         )
         self.console.message(f"warm start: {steps} supervised steps")
@@ -177,7 +185,8 @@ class Trainer:
         with _timed(times, "logps"):
             self.add_logps(batch)
         self.tokens_seen += sum(batch.prompt_lengths) + batch.num_completion_tokens
-        if step == 1 or step % config.logging_steps == 0:
+        steps = range(step, step + config.num_iterations)  # that these completions serve
+        if any(s == 1 or s % config.logging_steps == 0 for s in steps):
             some = slice(config.num_completions_to_log)
             self.run.add_completions(
                 step,
@@ -197,12 +206,16 @@ class Trainer:
         if self.reference is not None:
             batch.ref_logps = batch_logps(self.reference, batch, size, temperature)
 
-    def optimise(self, step: int, batch: Batch, times: dict[str, float]) -> dict[str, float]:
+    def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
         """Take one optimisation step on a batch, a micro-batch at a time."""
         totals = StepMetrics()
         with _timed(times, "train"):
             self.policy.model.train()
-            for micro in batch.split(self.config.per_device_train_batch_size):
+            self.optimizer.zero_grad()  # also of what came before, a warm start for example
+            micros = list(batch.split(self.config.per_device_train_batch_size))
+            # The means of bnpo are those of micro-batches; all other losses are shares of the step.
+            share = 1 / len(micros) if self.config.loss.loss_type == "bnpo" else 1.0
+            for micro in micros:
                 output = batch_loss(
                     self.policy,
                     micro,
@@ -210,20 +223,15 @@ class Trainer:
                     num_items_in_batch=batch.num_completion_tokens,
                     num_sequences_in_batch=len(batch),
                 )
-                output.loss.backward()
-                report = {"loss": output.loss, **sampling_difference(output.logps, micro)}
+                loss = output.loss * share
+                loss.backward()
+                report = {"loss": loss, **sampling_difference(output.logps, micro)}
                 totals.add(output.metrics | report, weight=micro.num_completion_tokens)
-            grad_norm = float(clip_gradients(self.policy.model, self.config.max_grad_norm))
-            if not math.isfinite(grad_norm):
-                raise RuntimeError(
-                    f"step {step}: the norm of the gradient is {grad_norm}; the weights are those "
-                    f"of step {step - 1}. Lower learning_rate, or look at the rewards of this step "
-                    f"in {self.run.path / 'completions.jsonl'}"
-                )
+            grad_norm = clip_gradients(self.policy.model, self.config.max_grad_norm)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()
             self.scheduler.step()
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad()  # frees the gradients while sampling
         return totals.result() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def log(
@@ -244,20 +252,18 @@ class Trainer:
             return {}
         self.console.phase(f"test {when} training", None)
         return {
-            "greedy": self.measure(self.test_dataset, 0.0),
-            "sampled": self.measure(self.test_dataset, self.config.temperature),
+            "greedy": self.measure(self.test_dataset, replace(self.sampling, temperature=0.0)),
+            "sampled": self.measure(self.test_dataset, self.sampling),
         }
 
-    def measure(self, dataset: Dataset, temperature: float) -> float:
+    def measure(self, dataset: Dataset, sampling: SamplingParams) -> float:
         """Return the first reward function's mean on a dataset, one completion a prompt."""
         return evaluate(
             self.policy,
             self.rollout,
             dataset,
             self.rewards[0],
-            SamplingParams(
-                max_completion_length=self.config.max_completion_length, temperature=temperature
-            ),
+            sampling,
             batch_size=self.config.completions_per_step,
             system_prompt=self.config.system_prompt,
             seed=self.config.seed,

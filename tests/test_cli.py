@@ -62,7 +62,15 @@ def test_a_run_can_be_repeated_from_its_own_config(tmp_path, monkeypatch, config
         (["reward_funcs=[acuracy]"], "accuracy"),
         (["reward_weights=[1, 2]"], "reward_weights"),
         (["lr_scheduler_type=linaer"], "linaer"),
-        (["max_completion_length=300"], "max_completion_length: 300 leaves no room for a prompt"),
+        (
+            ["max_completion_length=253"],
+            "max_completion_length: the prompt of row 0 has 4 tokens, and the model has room for 3",
+        ),
+        (["reward_funcs=[nope:f]"], "nope"),
+        (["reward_weights=[.nan]"], "reward_weights: must be finite"),
+        (["temperature=.inf"], "temperature: must be finite, got inf"),
+        (["adam_beta1=1.5"], "adam_beta1: must be 0 or more and below 1, got 1.5"),
+        (["epsilon=0.1", "epsilon_low=0.2"], "epsilon: is TRL's name of epsilon_low"),
         (["output_dir=occupied"], "output_dir: occupied exists"),
     ],
 )
@@ -77,6 +85,24 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(
     assert "fastgrpo: " in error
     assert sentence in error
     assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": "1+1="}, "answer"),
+        ({"prompt": "1+1=", "answer": "2", "completions": "x"}, "a column named 'completions'"),
+    ],
+)
+def test_columns_that_do_not_serve_the_rewards_are_named(
+    tmp_path, monkeypatch, config_file, capsys, row, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert main(["train", str(config_file), f"dataset_name={path}"]) == 2
+    assert sentence in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -36,6 +36,13 @@ def test_trl_epsilon_is_both_bounds_unless_epsilon_high_is_given():
     assert (config.loss.epsilon_low, config.loss.epsilon_high) == (0.1, 0.28)
 
 
+def test_an_override_of_epsilon_wins_over_both_bounds_of_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("task: arithmetic\nepsilon_low: 0.2\nepsilon_high: 0.28\n")
+    loss = load_config(path, ["epsilon=0.1"]).loss
+    assert (loss.epsilon_low, loss.epsilon_high) == (0.1, 0.1)
+
+
 def test_what_is_written_to_the_run_directory_reads_back_as_the_same_configuration(tmp_path):
     config = config_from({**NAMES, "loss_type": "dr_grpo", "beta": 0.04, "top_p": 0.9})
     path = tmp_path / "config.yaml"
@@ -68,8 +75,11 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
         ({"loss_type": "gmpo"}, "loss_type='gmpo' is not built yet"),
         ({"scale_rewards": "groups"}, "must be one of group, batch, none, got 'groups'"),
         ({"reward_funcs": "accuracy"}, "reward_funcs: must be a list, got 'accuracy'"),
-        ({"task": "arithmetic"}, "task: makes its own model and dataset"),
-        ({"delta": 1.1}, "delta must be above 1 + epsilon_high"),
+        (
+            {"task": "arithmetic"},
+            "model_name_or_path: task makes its own model and dataset; leave it out",
+        ),
+        ({"delta": 1.1}, "delta must be a finite number above 1 + epsilon_high"),
     ],
 )
 def test_wrong_values_are_named(values, message):

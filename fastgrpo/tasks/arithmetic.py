@@ -33,7 +33,6 @@ MAX_COMPLETION_LENGTH = ANSWER_DIGITS + 1  # the end of the sequence is a token 
 
 VALIDATION_SIZE = 500
 TEST_SIZE = 1000
-DEFAULT_GATE = 0.28
 
 _SPLIT_SEED = 0  # the splits stay the same whatever a run's seed is
 _BATCH_SIZE = 64
@@ -138,7 +137,7 @@ def warm_start(
     dataset: Dataset,
     sampled_accuracy: Callable[[], float],
     *,
-    gate: float = DEFAULT_GATE,
+    gate: float,
     seed: int,
     max_steps: int = 2000,
     on_step: Callable[[int, float], None] | None = None,
@@ -183,6 +182,7 @@ def warm_start(
         if step % _CHECK_EVERY == 0:
             accuracy = sampled_accuracy()
             if accuracy >= gate:
+                optimizer.zero_grad()
                 return step
     raise RuntimeError(
         f"the warm start reached a sampled accuracy of {accuracy:.3f} in {max_steps} steps, below "
