@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -128,6 +130,14 @@ def _mean_and_std(values_B: Tensor) -> tuple[float, float]:
     """Return mean and sample standard deviation of what is no NaN; NaN and 0 if that is nothing."""
     known = values_B[~values_B.isnan()]
     return known.mean().item(), known.std().item() if len(known) > 1 else 0.0
+
+
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Generator[None]:
+    """Write the seconds that the block takes to `times`."""
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start
 
 
 class MetricsWriter:

@@ -9,8 +9,6 @@ P prompts, G completions a prompt, B = P * G completions, K reward functions.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from .console import Console
 from .data import PromptSampler, check_prompts, encode_prompt
 from .evaluate import evaluate
 from .loss import batch_logps, batch_loss, sampling_difference
-from .metrics import StepMetrics, peak_memory_gib, rollout_metrics
+from .metrics import StepMetrics, peak_memory_gib, rollout_metrics, timed
 from .model import Policy
 from .optim import build_optimizer, clip_gradients
 from .rewards import check_columns, decode_completions, load_rewards, score
@@ -155,7 +153,7 @@ class Trainer:
             for name, values in rows.items()
         }
         prompts = columns.pop("prompt")
-        with _timed(times, "generate"), self.policy.autocast():
+        with timed(times, "generate"), self.policy.autocast():
             prompt_ids = [
                 encode_prompt(prompt, tokenizer, system_prompt=config.system_prompt)
                 for prompt in rows["prompt"]
@@ -163,7 +161,7 @@ class Trainer:
             completions = self.rollout.generate(
                 prompt_ids, config.num_generations, self.sampling, self.generator
             )
-        with _timed(times, "reward"):
+        with timed(times, "reward"):
             token_lists = completions.token_lists()
             texts = decode_completions(prompts, token_lists, tokenizer)
             rewards_BK = score(
@@ -182,7 +180,7 @@ class Trainer:
                 advantage_eps=config.advantage_eps,
             )
         batch = make_batch(prompt_ids, completions, advantages.advantages, self.policy.pad_token_id)
-        with _timed(times, "logps"):
+        with timed(times, "logps"):
             self.add_logps(batch)
         self.tokens_seen += sum(batch.prompt_lengths) + batch.num_completion_tokens
         steps = range(step, step + config.num_iterations)  # that these completions serve
@@ -209,7 +207,7 @@ class Trainer:
     def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
         """Take one optimisation step on a batch, a micro-batch at a time."""
         totals = StepMetrics()
-        with _timed(times, "train"):
+        with timed(times, "train"):
             self.policy.model.train()
             self.optimizer.zero_grad()  # also of what came before, a warm start for example
             micros = list(batch.split(self.config.per_device_train_batch_size))
@@ -296,10 +294,3 @@ class Trainer:
         summary = self.run.finish(f"rewards/{judge}/mean", **summary)
         self.console.message(f"run directory: {self.run.path}")
         return summary
-
-
-@contextmanager
-def _timed(times: dict[str, float], name: str) -> Generator[None]:
-    start = time.perf_counter()
-    yield
-    times[name] = time.perf_counter() - start
