@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fastgrpo_kernels import (
     GRPOLossConfig,
     GRPOLossOutput,
+    LossArguments,
     grpo_loss,
     importance_weights,
     linear_grpo_loss,
@@ -17,12 +18,14 @@ from fastgrpo_kernels import (
 )
 
 if TYPE_CHECKING:
-    from .config import TrainConfig, load_config
+    from .config import TrainConfig
+    from .config_file import load_config
     from .trainer import Trainer
 
 __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
+    "LossArguments",
     "TrainConfig",
     "Trainer",
     "grpo_loss",
@@ -44,8 +47,16 @@ def __getattr__(name: str) -> Any:
         from .trainer import Trainer
 
         return Trainer
-    if name in ("TrainConfig", "load_config"):
-        from . import config
+    if name == "TrainConfig":
+        from .config import TrainConfig
 
-        return getattr(config, name)
+        return TrainConfig
+    if name == "load_config":
+        from .config_file import load_config
+
+        return load_config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,16 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from .config import ConfigError, TrainConfig, load_config
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 2 wrong input, 130 interrupted."""
+    """Run a command and return its exit status.
+
+    0 done, 1 the run failed, 2 wrong input and nothing written, 130 interrupted.
+    """
     parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO on one GPU.")
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser(
@@ -28,30 +25,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="for example learning_rate=3e-6"
     )
     options = parser.parse_args(arguments)
-    where = "nothing was written"
     try:
-        config = load_config(options.config, options.overrides)
-        trainer = build_trainer(config, Path(options.config).stem)
-        where = f"what was written is in {trainer.run.path}"
-        trainer.train()
-    except ConfigError as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
-        return 2
+        return train(options.config, options.overrides)
     except KeyboardInterrupt:
-        print(f"fastgrpo: interrupted; {where}", file=sys.stderr)
+        print("fastgrpo: interrupted before anything was written", file=sys.stderr)
         return 130
-    return 0
 
 
-def build_trainer(config: TrainConfig, run_name: str) -> Trainer:
-    """Load and check what the configuration names; nothing is written before all of it is there.
-
-    Raises:
-        ConfigError: something does not exist or does not fit; the message says what to do.
-    """
+def train(config_file: str, overrides: Sequence[str]) -> int:
+    """Train as a file and overrides say; errors that are the user's to mend are one sentence."""
+    # Imported here, where an impatient Ctrl-C is caught: they take seconds.
+    from .config_file import load_config
+    from .rewards import RewardError
     from .trainer import Trainer
 
     try:
-        return Trainer(config, run_name=run_name)
+        config = load_config(config_file, overrides)
+        trainer = Trainer(config, run_name=Path(config_file).stem)
     except (ValueError, OSError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+        print(f"fastgrpo: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer.train()
+    except (RewardError, FloatingPointError) as error:
+        print(f"fastgrpo: {error}\nrun directory: {trainer.run.path}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fastgrpo: interrupted\nrun directory: {trainer.run.path}", file=sys.stderr)
+        return 130
+    return 0

@@ -1,22 +1,11 @@
-"""The configuration of a run: flat YAML plus key=value, with the names TRL and transformers use.
-
-An unknown key, a value of the wrong type and a value out of range are errors that name the key;
-all of them are reported together.
-"""
+"""The configuration of a run, with the names TRL and transformers use."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from fastgrpo_kernels import GRPOLossConfig
 
@@ -147,6 +136,11 @@ class TrainConfig:
                 f"{self.completions_per_step} completions, which num_generations = "
                 f"{self.num_generations} does not divide: groups would be torn"
             )
+        for name in self.reward_funcs:
+            if not isinstance(name, str):
+                problems.append(
+                    f"reward_funcs: must be names such as 'my_rewards.py:brevity', got {name!r}"
+                )
         if not self.reward_funcs:
             problems.append("reward_funcs: at least one is required, for example [accuracy]")
         if self.max_steps < 1 and self.max_steps != -1:
@@ -201,7 +195,7 @@ class TrainConfig:
         """Return all keys and values as they stand in YAML."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["loss"]
-        return values | {name: getattr(self.loss, name) for name in _LOSS_KEYS}
+        return values | {name: getattr(self.loss, name) for name in LOSS_KEYS}
 
 
 _NOT_WITH_TASK = (
@@ -234,114 +228,8 @@ _AT_LEAST_ZERO = (
     "num_completions_to_log",
 )
 _ABOVE_ZERO = ("temperature", "max_grad_norm", "num_train_epochs", "adam_epsilon")
-_LOSS_KEYS = tuple(
+LOSS_KEYS = tuple(
     f.name
     for f in dataclasses.fields(GRPOLossConfig)
     if f.name not in ("temperature", "max_completion_length")
 )
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Read a YAML file, put `key=value` overrides over it, and check everything.
-
-    Raises:
-        ConfigError: the file, a key or a value is wrong; every problem found is in the message.
-    """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; configurations are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
-    over: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r}: overrides look like key=value")
-        try:
-            over[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {text!r} cannot be read as YAML: {error}") from None
-    try:
-        return config_from(_without_epsilon(values) | _without_epsilon(over))
-    except ConfigError as error:
-        raise ConfigError(f"{path}:\n{error}") from None
-
-
-def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """Build a configuration from flat keys and values.
-
-    Raises:
-        ConfigError: unknown keys (with the nearest name) and wrong values, all together.
-    """
-    own = typing.get_type_hints(TrainConfig)
-    del own["loss"]
-    loss = {k: v for k, v in typing.get_type_hints(GRPOLossConfig).items() if k in _LOSS_KEYS}
-    values = _without_epsilon(values)
-    problems: list[str] = []
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        hint = own.get(key, loss.get(key))
-        if hint is None:
-            nearest = difflib.get_close_matches(str(key), [*own, *loss], 1, 0.6)
-            suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
-            problems.append(f"{key}: unknown key{suggestion}")
-            continue
-        try:
-            arguments[key] = _convert(value, hint)
-        except ConfigError as error:
-            problems.append(f"{key}: {error}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    try:
-        loss_config = GRPOLossConfig(
-            **{key: arguments.pop(key) for key in loss if key in arguments},
-            max_completion_length=arguments.get("max_completion_length", 1),
-        )
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(str(error)) from None
-    return TrainConfig(**arguments, loss=loss_config)
-
-
-def _without_epsilon(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Write TRL's `epsilon` as epsilon_low, and as epsilon_high where that is not given."""
-    values = dict(values)
-    if "epsilon" in values:
-        if "epsilon_low" in values:
-            raise ConfigError("epsilon: is TRL's name of epsilon_low, which is given too")
-        values["epsilon_low"] = values.pop("epsilon")
-        values.setdefault("epsilon_high", values["epsilon_low"])
-    return values
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Return `value` as the annotated type, or say what was expected."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        return _convert(value, hint)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise ConfigError(f"must be one of {', '.join(map(str, arguments))}, got {value!r}")
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"must be a list, got {value!r}")
-        return [_convert(item, arguments[0]) for item in value]
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-6 as text
-        except ValueError:
-            pass
-    elif type(value) is hint:
-        return value
-    raise ConfigError(f"must be {_NAMES[hint]}, got {value!r}")
-
-
-_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}

@@ -53,9 +53,9 @@ class Console:
             BarColumn(bar_width=30),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            TextColumn("elapsed,"),
+            TextColumn("elapsed"),
+            TextColumn("{task.fields[remaining]}"),
             TimeRemainingColumn(),
-            TextColumn("left"),
             console=self._console,
         )
         self._live: Live | None = None
@@ -88,10 +88,14 @@ class Console:
             title: its name.
             total: steps it will have; None: unknown.
         """
+        if self._live is not None and self._total is not None:
+            self.message(self._line())  # what the live area showed last stays to be read
         self._total, self._step, self._metrics, self._held_back = total, 0, [], None
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
-        self._progress.add_task(title, total=total, count=self._count())
+        self._progress.add_task(
+            title, total=total, count=self._count(), remaining="remaining" if total else ""
+        )
         if self._live is None:
             self.message(title if total is None else f"{title}: {total} steps")
 
@@ -113,9 +117,7 @@ class Console:
             self._progress.update(task, completed=self._step, count=self._count())
         if self._live is not None:
             return
-        line = "  ".join(
-            [f"step {self._count()}", *(f"{name} {text}" for name, text in self._metrics)]
-        )
+        line = self._line()
         if self._step in (1, self._total) or self._step % self._logging_steps == 0:
             self.message(line)
             self._held_back = None
@@ -135,6 +137,11 @@ class Console:
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)
+
+    def _line(self) -> str:
+        return "  ".join(
+            [f"step {self._count()}", *(f"{name} {text}" for name, text in self._metrics)]
+        )
 
     def _count(self) -> str:
         if self._total is None:

@@ -60,10 +60,10 @@ def load_prompts(
         try:
             name = str(path) if path.exists() else dataset_name
             dataset = datasets.load_dataset(name, config_name, split=split)
-        except ValueError as error:
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(
                 f"dataset {dataset_name!r} with config {config_name!r} and split {split!r} "
-                f"did not load: {error}"
+                f"did not load: {error}; a folder must come from save_to_disk or hold data files"
             ) from error
     return _checked(dataset, dataset_name, prompt_column)
 

@@ -58,4 +58,4 @@ def evaluate(
             columns=columns,
         )
         rewards.append(rewards_BK[:, 0])
-    return torch.cat(rewards).nanmean().item()
+    return torch.cat(rewards).double().nanmean().item()

@@ -61,11 +61,17 @@ def _load(auto_class: Any, name: str, **options: Any) -> Any:
             f"model_name_or_path: {name} is not a model directory: it has no config.json; "
             "save one with model.save_pretrained and tokenizer.save_pretrained"
         )
+    if local and auto_class is AutoTokenizer and not any(path.glob("token*")):
+        raise ValueError(
+            f"model_name_or_path: {name} holds no tokenizer; save it there with "
+            "tokenizer.save_pretrained"
+        )
     try:
         return auto_class.from_pretrained(str(path) if local else name, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {reason}") from error
+        hub = "" if local else " (there is no such directory, so it was taken for a Hub name)"
+        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {reason}{hub}") from error
 
 
 class Policy:

@@ -25,6 +25,12 @@ def build_optimizer(
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    narrow = {str(p.dtype) for p in trainable} - {"torch.float32"}
+    if narrow:
+        raise ValueError(
+            f"trainable parameters are {', '.join(narrow)}: load the model in float32: in 16 "
+            "bits updates at RL learning rates vanish (bf16: true computes in bf16 all the same)"
+        )
     matrices = {
         "params": [p for p in trainable if p.dim() >= 2],
         "weight_decay": config.weight_decay,

@@ -31,6 +31,10 @@ RewardFunction = Callable[..., Sequence[float | None]]
 Completion = str | list[dict[str, Any]]
 
 
+class RewardError(ValueError):
+    """A reward function did not keep to its contract."""
+
+
 @dataclass(frozen=True)
 class Reward:
     """A reward function under the name its metrics carry, and its weight in the sum."""
@@ -199,7 +203,7 @@ def score(
         (B, K) fp32, NaN where a function returned None.
 
     Raises:
-        ValueError: a function returned a wrong number of values, or one that is not a finite
+        RewardError: a function returned a wrong number of values, or one that is not a finite
             number; or an argument has a wrong length. What a function raises goes through.
     """
     arguments: dict[str, Sequence[Any]] = {
@@ -208,11 +212,13 @@ def score(
         "completion_ids": completion_ids,
     }
     if taken := arguments.keys() & columns.keys():
-        raise ValueError(f"dataset column {min(taken)!r} is an argument's name; rename the column")
+        raise RewardError(f"dataset column {min(taken)!r} is an argument's name; rename the column")
     arguments |= columns
     for name, values in arguments.items():
         if len(values) != len(completions):
-            raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions")
+            raise RewardError(
+                f"{name} has {len(values)} entries for {len(completions)} completions"
+            )
     rewards_KB = [_call(reward, arguments) for reward in rewards]
     return torch.tensor(rewards_KB, dtype=torch.float32).T.contiguous()
 
@@ -227,7 +233,7 @@ def _call(reward: Reward, arguments: dict[str, Sequence[Any]]) -> list[float]:
     sized = hasattr(values, "__len__")
     if not sized or len(values) != num_completions:
         returned = f"{len(values)} values" if sized else repr(values)
-        raise ValueError(
+        raise RewardError(
             f"reward function {reward.name!r} returned {returned} for {num_completions} "
             "completions; return a list with one number or None for each"
         )
@@ -244,7 +250,7 @@ def _number_or_nan(name: str, index: int, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= torch.finfo(torch.float32).max:
-        raise ValueError(
+        raise RewardError(
             f"reward function {name!r} returned {value!r} for completion {index}; "
             "return a finite number, or None for a completion it does not judge"
         )
@@ -261,14 +267,14 @@ def _find(name: str) -> RewardFunction:
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
-        raise ValueError(
+        raise RewardError(
             f"unknown reward function {name!r}, did you mean {nearest!r}? Give a built-in name "
             f"({', '.join(BUILT_IN)}), 'module:function' or 'path.py:function'"
         )
     module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(f"reward function {name!r}: {source!r} has no function {attribute!r}")
+        raise RewardError(f"reward function {name!r}: {source!r} has no function {attribute!r}")
     return cast("RewardFunction", function)
 
 

@@ -71,14 +71,24 @@ class RunDirectory:
         (self.path / name).write_text(text, encoding="utf-8")
 
 
+def check_free(output_dir: str | None) -> None:
+    """Refuse a directory that holds something: a run is never overwritten.
+
+    Raises:
+        ValueError: names the directory.
+    """
+    path = None if output_dir is None else Path(output_dir).expanduser()
+    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"output_dir: {path} exists and is not an empty directory; choose another name, or "
+            "remove it if it is not needed"
+        )
+
+
 def _create(output_dir: str | None, name: str) -> Path:
     if output_dir is not None:
+        check_free(output_dir)
         path = Path(output_dir).expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(
-                f"output_dir: {path} exists and is not an empty directory; choose another name, "
-                "or remove it if that run is not needed"
-            )
         path.mkdir(parents=True, exist_ok=True)
         return path
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

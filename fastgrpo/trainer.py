@@ -31,7 +31,7 @@ from .optim import build_optimizer, clip_gradients
 from .rewards import check_columns, decode_completions, load_rewards, score
 from .rollout import SamplingParams
 from .rollout.static import StaticCacheRollout
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, check_free
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,6 +64,7 @@ class Trainer:
         set_seed(config.seed)
         self.config = config
         self.console = console or Console(logging_steps=config.logging_steps)
+        check_free(config.output_dir)  # before the minutes that a large model takes to load
         self.rewards = load_rewards(config.reward_funcs, config.reward_weights)
         self.assets = assets = assets or load_assets(config)
         self.train_dataset, self.test_dataset = assets.train_dataset, assets.test_dataset

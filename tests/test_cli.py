@@ -89,6 +89,47 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("return [1.0]", "reward function 'judge' returned 1 values for 8 completions"),
+        ("return [float('nan')] * len(completions)", "returned nan for completion 0"),
+    ],
+)
+def test_a_reward_that_breaks_its_contract_ends_the_run_with_a_sentence(
+    tmp_path, monkeypatch, config_file, capsys, body, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge.py").write_text(f"def judge(completions, **columns):\n    {body}\n")
+    assert main(["train", str(config_file), "reward_funcs=[judge.py:judge]"]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "run directory: runs/tiny-" in error
+    assert "Traceback" not in error
+
+
+def test_a_reward_without_room_for_the_columns_is_named(tmp_path, monkeypatch, config_file, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge.py").write_text("def judge(completions):\n    return []\n")
+    assert main(["train", str(config_file), "reward_funcs=[judge.py:judge]"]) == 2
+    error = capsys.readouterr().err
+    assert "reward function 'judge' cannot be called" in error
+    assert "take what is not needed as **columns" in error
+
+
+def test_a_key_given_twice_and_a_model_without_tokenizer_are_named(
+    tmp_path, monkeypatch, config_file, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "model").glob("token*"):
+        path.unlink()
+    assert main(["train", str(config_file)]) == 2
+    assert "holds no tokenizer; save it there" in capsys.readouterr().err
+    config_file.write_text(config_file.read_text() + "max_steps: 9\n")
+    assert main(["train", str(config_file)]) == 2
+    assert "max_steps: is given 2 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("row", "sentence"),
     [
         ({"prompt": "1+1="}, "answer"),

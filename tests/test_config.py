@@ -5,7 +5,8 @@ import inspect
 import pytest
 import yaml
 
-from fastgrpo.config import ConfigError, TrainConfig, config_from, load_config
+from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.config_file import config_from, load_config
 from fastgrpo_kernels import GRPOLossConfig
 
 NAMES = {"model_name_or_path": "m", "dataset_name": "d"}

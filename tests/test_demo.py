@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastgrpo.config import load_config
+from fastgrpo.config_file import load_config
 from fastgrpo.tasks.arithmetic import build_dataset
 from fastgrpo.trainer import Trainer
 

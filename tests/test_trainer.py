@@ -7,7 +7,7 @@ from small_models import save_small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo.assets import Assets, load_assets
-from fastgrpo.config import config_from, load_config
+from fastgrpo.config_file import config_from, load_config
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.static import StaticCacheRollout
 from fastgrpo.trainer import Trainer
@@ -279,9 +279,21 @@ def test_own_objects_need_no_names(tmp_path, word_problems):
     model = save_small_model(tmp_path / "model")
     named = load_assets(run_config(tmp_path, word_problems, model))
     config = config_from({"output_dir": str(tmp_path / "run"), "max_completion_length": 8})
-    assert Trainer(config, named).num_steps == 32  # one prompt a step
     with pytest.raises(ValueError, match="model_name_or_path: required"):
         Trainer(config)
+    assert Trainer(config, named).num_steps == 32  # one prompt a step
+
+
+def test_16_bit_parameters_are_refused(tmp_path, word_problems):
+    """At a learning rate of 1e-6 their updates are below one unit in the last place."""
+    model = save_small_model(tmp_path / "model")
+    config = run_config(tmp_path, word_problems, model)
+    assets = load_assets(config)
+    assets.model.bfloat16()
+    with pytest.raises(
+        ValueError, match=r"parameters are torch\.bfloat16: load the model in float32"
+    ):
+        Trainer(config, assets)
 
 
 def test_truncated_sampling_is_said_and_its_log_probs_are_those_of_training(

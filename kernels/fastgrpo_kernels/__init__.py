@@ -5,7 +5,7 @@ Everything public is here. `linear_grpo_loss` starts from hidden states, `grpo_l
 """
 
 from . import reference
-from .config import GRPOLossConfig, GRPOLossOutput
+from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 from .linear import linear_grpo_loss, linear_logps
 from .logits import grpo_loss, selective_logps
 from .policy import importance_weights, off_policy_mask, policy_loss, top_entropy_mask
@@ -13,6 +13,7 @@ from .policy import importance_weights, off_policy_mask, policy_loss, top_entrop
 __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
+    "LossArguments",
     "grpo_loss",
     "importance_weights",
     "linear_grpo_loss",

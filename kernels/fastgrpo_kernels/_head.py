@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._backend import MIB, chunk_rows_for
-from ._inputs import ACTIVE, MASKED, TokenBatch, check_device, same_tokens
+from ._inputs import ACTIVE, MASKED, TokenBatch, check_tensor, same_tokens
+from ._layout import check_device
 
 Tokens = int | Tensor  # the first token of a run of them, or their indices
 
@@ -57,6 +58,7 @@ class Head:
         needs_gradient: tuple[bool, ...] | None = None,
     ) -> None:
         if ids is not None:
+            check_tensor(hidden=hidden, weight=weight, ids=ids)
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = _as_autocast(hidden, dtype), _as_autocast(weight, dtype)

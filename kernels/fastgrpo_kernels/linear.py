@@ -18,16 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from ._backend import row_backend, runs_eagerly
 from ._head import Head, HeadGradients, RowPlan, scaled
-from ._inputs import (
-    COUNTED,
-    Layout,
-    check_device,
-    check_ids,
-    flat,
-    flat_mask,
-    flatten,
-    upstream_vectors,
-)
+from ._inputs import COUNTED, check_ids, flat_mask, flatten, upstream_vectors
+from ._layout import Layout, check_device, flat
 from ._reduce import RowResults, reduce_rows
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
@@ -75,13 +67,24 @@ def linear_grpo_loss(
         grad_scale: belongs to grad_buffer.
         backend: "triton", "torch" or "auto": Triton on a GPU.
         config: the mathematics.
-        **arguments: mask, log-probs, denominators: see `LossArguments`.
+        **arguments: by keyword, all optional (`LossArguments` has them with their types):
+            completion_mask: (B, T) or (N,) of 0 and 1: tokens that count; may be on the CPU.
+            cu_seqlens: (B + 1,) int32, packed layout: where sequences begin and end.
+            old_logps: like completion_ids, fp32: log-probs at the start of the optimisation step;
+                None = on-policy, all ratios are 1.
+            ref_logps: like completion_ids, fp32: log-probs of the reference, for beta > 0.
+            importance_sampling_ratio, policy_weight, entropy_mask: like completion_ids, the first
+                two also (B,) or (B, 1): multiply the policy term, not the KL.
+            num_items_in_batch: counted tokens of the whole optimisation step, for `dapo`.
+            num_sequences_in_batch: sequences of the whole step, for `grpo` and `dr_grpo`.
+            entropy_denominator: of the entropy bonus.
 
     Returns:
         The loss (differentiable to hidden, weight and bias), log-probs, entropies and metrics.
 
     Raises:
         ValueError: shapes, types, devices or values that do not fit; the message holds them.
+        TypeError: an unknown argument, or something else than a tensor.
         NotImplementedError: an option that is not built yet, by name.
     """
     _check_choice("method", method, ("auto", "single_pass", "recompute"))

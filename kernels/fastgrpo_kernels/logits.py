@@ -16,16 +16,14 @@ from torch.autograd.function import once_differentiable
 from ._backend import chunk_rows_for, row_backend, runs_eagerly
 from ._inputs import (
     ACTIVE,
-    Layout,
     TokenBatch,
-    check_device,
     check_ids,
-    flat,
     flat_mask,
     flatten,
     same_tokens,
     upstream_vectors,
 )
+from ._layout import Layout, check_device, flat
 from ._reduce import RowResults, reduce_rows
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
@@ -54,7 +52,7 @@ def grpo_loss(
             gradient is a new tensor, written in backward.
         backend: "triton", "torch" or "auto": Triton on a GPU.
         config: the mathematics.
-        **arguments: mask, log-probs, denominators: see `LossArguments`.
+        **arguments: mask, log-probs, denominators: as in `linear_grpo_loss`.
 
     Returns:
         The loss (differentiable to logits), log-probs, entropies and metrics.

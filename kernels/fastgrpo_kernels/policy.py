@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._inputs import ACTIVE, Layout, TokenBatch, check_device, flat_mask, flatten
+from ._inputs import ACTIVE, TokenBatch, flat_mask, flatten
+from ._layout import Layout, check_device
 from ._reduce import RowResults, reduce_rows
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
@@ -99,7 +100,7 @@ def policy_loss(
         advantages: of each sequence, or of each token.
         entropy: of each token's distribution; only reported.
         config: the mathematics; its temperature is in `logps` already.
-        **arguments: mask, log-probs, denominators: see `LossArguments`.
+        **arguments: mask, log-probs, denominators: as in `linear_grpo_loss`.
 
     Returns:
         The loss, differentiable to `logps`, and the metrics; `.logps` and `.entropy` are the

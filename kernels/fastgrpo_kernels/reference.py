@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._inputs import Layout, check_ids, flat_mask
+from ._inputs import check_ids, flat_mask
+from ._layout import Layout
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 from .policy import policy_loss
 

@@ -409,3 +409,43 @@ def test_top_entropy_mask() -> None:
     assert top_entropy_mask(entropy, quantile=1.0).sum() == 6
     assert top_entropy_mask(entropy, quantile=0.01).tolist() == [[0, 0, 1], [0, 0, 0]]
     assert top_entropy_mask(entropy, quantile=0.5, completion_mask=mask * 0).sum() == 0
+
+
+IDS = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: linear_grpo_loss(ones(2, 3, 4), ones(5, 4), IDS, ones(2), mask=ones(2, 3)),
+            "unexpected keyword argument 'mask': did you mean completion_mask?",
+        ),
+        (
+            lambda: linear_grpo_loss(ones(2, 3, 4), ones(5, 4), IDS, [1.0, 2.0]),
+            "advantages must be a tensor, got list",
+        ),
+        (
+            lambda: linear_grpo_loss(ones(2, 3, 4), torch.nn.Linear(4, 5), IDS, ones(2)),
+            "weight must be a tensor, got Linear: pass its .weight",
+        ),
+        (
+            lambda: linear_grpo_loss(
+                ones(2, 3, 4), ones(5, 4), IDS, ones(2), config={"loss_type": "dapo"}
+            ),
+            "config must be a GRPOLossConfig, got dict",
+        ),
+    ],
+)
+def test_what_is_no_tensor_or_no_argument_is_a_type_error(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
+def test_the_tokens_of_a_step_do_not_stand_in_for_its_sequences(loss_type: str) -> None:
+    config = GRPOLossConfig(loss_type=loss_type, max_completion_length=3)
+    with pytest.raises(ValueError, match="give num_sequences_in_batch"):
+        linear_grpo_loss(
+            ones(2, 3, 4), ones(5, 4), IDS, ones(2), num_items_in_batch=12, config=config
+        )

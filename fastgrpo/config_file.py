@@ -1,0 +1,133 @@
+"""From flat YAML and key=value to a `TrainConfig`.
+
+An unknown key, a value of the wrong type and a value out of range are errors that name the key;
+all of them are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastgrpo_kernels import GRPOLossConfig
+
+from .config import LOSS_KEYS, ConfigError, TrainConfig
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read a YAML file, put `key=value` overrides over it, and check everything.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong; every problem found is in the message.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; the repository has examples in configs/"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
+    keys = [key.value for key, _ in yaml.compose(text).value] if values else []
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"{path}: {key}: is given {keys.count(key)} times")
+    over: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r}: overrides look like key=value")
+        try:
+            over[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} cannot be read as YAML: {error}") from None
+    try:
+        return config_from(_without_epsilon(values) | _without_epsilon(over))
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}") from None
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """Build a configuration from flat keys and values.
+
+    Raises:
+        ConfigError: unknown keys (with the nearest name) and wrong values, all together.
+    """
+    own = typing.get_type_hints(TrainConfig)
+    del own["loss"]
+    loss = {k: v for k, v in typing.get_type_hints(GRPOLossConfig).items() if k in LOSS_KEYS}
+    values = _without_epsilon(values)
+    problems: list[str] = []
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        hint = own.get(key, loss.get(key))
+        if hint is None:
+            nearest = difflib.get_close_matches(str(key), [*own, *loss], 1, 0.6)
+            suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
+            problems.append(f"{key}: unknown key{suggestion}")
+            continue
+        try:
+            arguments[key] = _convert(value, hint)
+        except ConfigError as error:
+            problems.append(f"{key}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        loss_config = GRPOLossConfig(
+            **{key: arguments.pop(key) for key in loss if key in arguments},
+            max_completion_length=arguments.get("max_completion_length", 1),
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(str(error)) from None
+    return TrainConfig(**arguments, loss=loss_config)
+
+
+def _without_epsilon(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write TRL's `epsilon` as epsilon_low, and as epsilon_high where that is not given."""
+    values = dict(values)
+    if "epsilon" in values:
+        if "epsilon_low" in values:
+            raise ConfigError("epsilon: is TRL's name of epsilon_low, which is given too")
+        values["epsilon_low"] = values.pop("epsilon")
+        values.setdefault("epsilon_high", values["epsilon_low"])
+    return values
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Return `value` as the annotated type, or say what was expected."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return _convert(value, hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"must be one of {', '.join(map(str, arguments))}, got {value!r}")
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"must be a list, got {value!r}")
+        return [_convert(item, arguments[0]) for item in value]
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-6 as text
+        except ValueError:
+            pass
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"must be {_NAMES[hint]}, got {value!r}")
+
+
+_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
