@@ -65,7 +65,8 @@ def flatten(
         ValueError: a shape, device or value does not fit; says which and what would.
     """
     for name in unknown:
-        nearest = difflib.get_close_matches(name, LossArguments.__annotations__, 1, 0.4)
+        known = list(LossArguments.__annotations__)
+        nearest = [k for k in known if name in k] or difflib.get_close_matches(name, known, 1, 0.4)
         suggestion = f": did you mean {nearest[0]}?" if nearest else ""
         raise TypeError(f"unexpected keyword argument {name!r}{suggestion}")
     check_tensor(completion_ids=completion_ids, advantages=advantages)
