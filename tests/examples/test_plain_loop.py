@@ -18,15 +18,14 @@ def test_the_lines_in_the_readme_run():
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     (lines,) = [block for block in blocks if "linear_grpo_loss(" in block]
     model = small_model()
-    completion_ids = torch.arange(20, 32).view(3, 4)
+    ids = torch.arange(20, 32).view(3, 4)
     names = {
         "model": model,
         "prompt_length": 5,
-        "completion_ids": completion_ids,
-        "input_ids": torch.cat([torch.arange(2, 17).view(3, 5), completion_ids], 1),
-        "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
+        "ids": ids,
+        "input_ids": torch.cat([torch.arange(2, 17).view(3, 5), ids], 1),
+        "mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
         "advantages": torch.tensor([1.0, -0.5, 0.25]),
-        "old_logps": None,
     }
     exec(lines, names)
     # On-policy every ratio is 1: minus the mean advantage of the counted tokens.
