@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config_file: str, overrides: Sequence[str]) -> int:
     """Train as a file and overrides say; errors that are the user's to mend are one sentence."""
+    print(f"fastgrpo: loading {config_file}", file=sys.stderr, flush=True)
     # Imported here, where an impatient Ctrl-C is caught: they take seconds.
     from .config_file import load_config
     from .rewards import RewardError
