@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ._backend import MIB, chunk_rows_for
-from ._inputs import ACTIVE, MASKED, TokenBatch, check_tensor, same_tokens
-from ._layout import check_device
+from ._inputs import ACTIVE, MASKED, TokenBatch, check_tensor
+from ._layout import check_device, same_tokens
 
 Tokens = int | Tensor  # the first token of a run of them, or their indices
 

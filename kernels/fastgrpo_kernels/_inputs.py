@@ -162,11 +162,6 @@ def flat_mask(layout: Layout, name: str, mask: Tensor | None) -> Tensor | None:
     return mask_N != 0
 
 
-def same_tokens(rows: torch.Size, ids: torch.Size) -> bool:
-    """Say whether rows of hidden states or logits belong to ids: (1, N) and (N,) are the same."""
-    return len(rows) in (1, 2) and (rows == ids or (1, *rows) == ids or rows == (1, *ids))
-
-
 def upstream_vectors(
     dlogps_N: Tensor | None, dentropy_N: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:

@@ -73,6 +73,11 @@ class Layout:
         return sums_B.to(value_N.dtype)
 
 
+def same_tokens(rows: torch.Size, ids: torch.Size) -> bool:
+    """Say whether rows of hidden states or logits belong to ids: (1, N) and (N,) are the same."""
+    return len(rows) in (1, 2) and (rows == ids or (1, *rows) == ids or rows == (1, *ids))
+
+
 def flat(value: Tensor) -> Tensor:
     """Flatten; kernels read token after token, and reshape may return a view with any stride."""
     return value.reshape(-1).contiguous()

@@ -44,25 +44,22 @@ def loss_rows(
     scale: Tensor | None = None,
 ) -> None:
     """See `_row_triton.loss_rows`."""
-    pick = slice(tokens, tokens + len(logits_CV)) if isinstance(tokens, int) else tokens
+    pick = _picked(tokens, len(logits_CV))
     chunk = replace(
         batch,
         **{name: None if x is None else x[pick] for name, x in _vectors(batch).items()},
     )
     row = _statistics(logits_CV, chunk.ids_N, chunk.mask_N, config.temperature)
-    dlogps_C = None
     with torch.enable_grad():
         logps_C = row.logps_C.requires_grad_(dlogits_CV is not None)
         found = policy_rows(logps_C, row.entropy_C, chunk, config)
-        if dlogits_CV is not None:
-            (dlogps_C,) = torch.autograd.grad(found.loss_N.sum(), logps_C)
     # Outside: autograd must not record what is written over the logits.
-    if dlogits_CV is not None and dlogps_C is not None:
+    if dlogits_CV is not None:
+        ones_C = torch.ones_like(found.loss_N)
+        (dlogps_C,) = torch.autograd.grad(found.loss_N, logps_C, ones_C)
         if scale is not None:
             dlogps_C = dlogps_C * scale
-        _write_dlogits(row, dlogits_CV, dlogps_C, None, config.temperature)
-        if chunk.mask_N is not None:
-            dlogits_CV.masked_fill_(~chunk.mask_N[:, None], 0)
+        _write_dlogits(row, dlogits_CV, dlogps_C, None, chunk.mask_N, config.temperature)
     for name in ("logps_N", "entropy_N", "loss_N", "policy_N", "kl_N", "clip_N"):
         if getattr(rows, name) is not None:
             getattr(rows, name)[pick] = getattr(found, name).detach()
@@ -78,7 +75,7 @@ def logps_rows(
     entropy_N: Tensor,
 ) -> None:
     """See `_row_triton.logps_rows`."""
-    pick = slice(tokens, tokens + len(logits_CV)) if isinstance(tokens, int) else tokens
+    pick = _picked(tokens, len(logits_CV))
     mask_C = None if mask_N is None else mask_N[pick]
     row = _statistics(logits_CV, ids_N[pick], mask_C, temperature)
     logps_N[pick] = row.logps_C if mask_C is None else torch.where(mask_C, row.logps_C, 0)
@@ -96,18 +93,21 @@ def dlogits_rows(
     dentropy_N: Tensor | None,
 ) -> None:
     """See `_row_triton.dlogits_rows`."""
-    pick = slice(tokens, tokens + len(logits_CV)) if isinstance(tokens, int) else tokens
+    pick = _picked(tokens, len(logits_CV))
     mask_C = None if mask_N is None else mask_N[pick]
     row = _statistics(logits_CV, ids_N[pick], mask_C, temperature)
     dentropy_C = None if dentropy_N is None else dentropy_N[pick]
-    _write_dlogits(row, dlogits_CV, dlogps_N[pick], dentropy_C, temperature)
-    if mask_C is not None:
-        dlogits_CV.masked_fill_(~mask_C[:, None], 0)
+    _write_dlogits(row, dlogits_CV, dlogps_N[pick], dentropy_C, mask_C, temperature)
 
 
 def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
     """See `_row_triton.scale_rows`."""
     values_CV.copy_(values_CV.to(torch.promote_types(values_CV.dtype, torch.float32)) * scale)
+
+
+def _picked(tokens: int | Tensor, count: int) -> slice | Tensor:
+    """Return the index of a chunk's tokens: a run of them from the first, or their list."""
+    return slice(tokens, tokens + count) if isinstance(tokens, int) else tokens
 
 
 def _vectors(batch: TokenBatch) -> dict[str, Tensor | None]:
@@ -151,9 +151,13 @@ def _write_dlogits(
     dlogits_CV: Tensor,
     dlogps_C: Tensor,
     dentropy_C: Tensor | None,
+    mask_C: Tensor | None,
     temperature: float,
 ) -> None:
-    """Write dlogp * (1[target] - p) - dentropy * p * (log p + entropy), times 1 / temperature."""
+    """Write dlogp * (1[target] - p) - dentropy * p * (log p + entropy), times 1 / temperature.
+
+    Where masked 0, whatever the logits are.
+    """
     ids_C1 = row.ids_C[:, None]
     p_CV = None
     if dentropy_C is not None:
@@ -167,3 +171,5 @@ def _write_dlogits(
         surprise_CV.masked_fill_(p_CV == 0, 0)
         gradient_CV -= p_CV.mul_(surprise_CV).mul_(dentropy_C[:, None])
     dlogits_CV.copy_(gradient_CV.mul_(1 / temperature))
+    if mask_C is not None:
+        dlogits_CV.masked_fill_(~mask_C[:, None], 0)

@@ -111,7 +111,8 @@ def linear_grpo_loss(
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):
         # dX is rounded to its type with the mantissa of 1 / denominator on it; the power of two,
         # which would take fp16 below its smallest number, is exact and waits for the upstream.
-        mantissa, exponent = torch.frexp(1 / batch.denominator)
+        weight_scale = 1 / batch.denominator
+        mantissa, exponent = torch.frexp(weight_scale)
         gradients = HeadGradients(head, mantissa)
         # Computed or not, a masked row must not reach the gradient of the weight: 0 * NaN is NaN.
         kept_N = None if plan.skips_masked else batch.mask_N
@@ -138,7 +139,7 @@ def linear_grpo_loss(
         loss = _KnownGradients.apply(
             loss,
             torch.ldexp(torch.ones_like(mantissa), exponent),
-            1 / batch.denominator,
+            weight_scale,
             hidden,
             weight,
             bias,
@@ -201,6 +202,7 @@ def linear_logps(
         head.bias,
         flat(ids),
         tokens_K,
+        num_rows,
         temperature,
         head.chunk_rows(chunk_rows, num_rows, row_step),
         row_step,
@@ -237,12 +239,11 @@ class _KnownGradients(torch.autograd.Function):
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids_N, tokens_K, temperature, chunk, row_step):
+    def forward(ctx, hidden, weight, bias, ids_N, tokens_K, num_rows, temperature, chunk, row_step):
         ctx.save_for_backward(hidden, weight, bias, ids_N, tokens_K)
-        ctx.options = temperature, chunk, row_step
+        ctx.options = num_rows, temperature, chunk, row_step
         ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
         head = Head(hidden, weight, bias, None)
-        num_rows = len(ids_N) if tokens_K is None else len(tokens_K)
         logps_N = torch.zeros(ids_N.shape, device=head.device, dtype=head.accumulator_dtype)
         entropy_N = torch.zeros_like(logps_N)
         with torch.autocast(head.device.type, enabled=False):
@@ -254,9 +255,8 @@ class _LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogps_N, dentropy_N):
         hidden, weight, bias, ids_N, tokens_K = ctx.saved_tensors
-        temperature, chunk, row_step = ctx.options
+        num_rows, temperature, chunk, row_step = ctx.options
         head = Head(hidden, weight, bias, None, ctx.needs_input_grad[:3])
-        num_rows = len(ids_N) if tokens_K is None else len(tokens_K)
         gradients = HeadGradients(head, None)
         dlogps_N, dentropy_N = upstream_vectors(dlogps_N, dentropy_N)
         with torch.autocast(head.device.type, enabled=False):
@@ -267,7 +267,7 @@ class _LinearLogps(torch.autograd.Function):
                 gradients.add(tokens, logits_CV, hidden_CH)
         dweight = scaled(gradients.dweight_VH, None, weight.dtype)
         dbias = None if bias is None else scaled(gradients.dbias_V, None, bias.dtype)
-        return gradients.dhidden, dweight, dbias, None, None, None, None, None
+        return gradients.dhidden, dweight, dbias, None, None, None, None, None, None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

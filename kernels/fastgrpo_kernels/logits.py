@@ -20,10 +20,9 @@ from ._inputs import (
     check_ids,
     flat_mask,
     flatten,
-    same_tokens,
     upstream_vectors,
 )
-from ._layout import Layout, check_device, flat
+from ._layout import Layout, check_device, flat, same_tokens
 from ._reduce import RowResults, reduce_rows
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
@@ -72,14 +71,11 @@ def grpo_loss(
             "inplace=True would overwrite a leaf that requires its gradient: use inplace=False"
         )
     rows = RowResults.zeros(
-        batch.ids_N.numel(),
-        batch.ref_logps_N is not None,
-        logits.device,
-        dtype,
+        batch.ids_N.numel(), batch.ref_logps_N is not None, logits.device, dtype
     )
     write_now = inplace and wants_gradient
     with torch.no_grad():
-        _loss_rows(row_step, logits, logits if write_now else None, batch, rows, config, write_now)
+        _loss_rows(row_step, logits, logits if write_now else None, batch, rows, config)
         loss, metrics = reduce_rows(
             rows,
             batch,
@@ -175,7 +171,7 @@ class _LossOfLogits(torch.autograd.Function):
         rows = RowResults.zeros(
             batch.ids_N.numel(), batch.ref_logps_N is not None, logits.device, upstream.dtype
         )
-        _loss_rows(row_step, logits, gradient, batch, rows, config, True, upstream)
+        _loss_rows(row_step, logits, gradient, batch, rows, config, upstream)
         return gradient, None, None, None, None
 
 
@@ -213,12 +209,11 @@ def _loss_rows(
     batch: TokenBatch,
     rows: RowResults,
     config: GRPOLossConfig,
-    with_gradient: bool,
     upstream: Tensor | None = None,
 ) -> None:
     scale = None
-    if with_gradient:
-        scale = 1 / batch.denominator if upstream is None else upstream / batch.denominator
+    if dlogits is not None:
+        scale = (1 if upstream is None else upstream) / batch.denominator
     for first, logits_CV, dlogits_CV in _pieces(logits, dlogits, row_step):
         row_step.loss_rows(logits_CV, dlogits_CV, first, batch, rows, config, scale)
 
