@@ -45,13 +45,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
             raise ConfigError(f"{path}: {key}: is given {keys.count(key)} times")
     over: dict[str, Any] = {}
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r}: overrides look like key=value")
         try:
-            over[key] = yaml.safe_load(text)
+            over[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {text!r} cannot be read as YAML: {error}") from None
+            raise ConfigError(f"{key}: {value!r} cannot be read as YAML: {error}") from None
     try:
         return config_from(_without_epsilon(values) | _without_epsilon(over))
     except ConfigError as error:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,23 @@ class Policy:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel, attentions: Sequence[str]) -> Generator[None]:
+    """Switch to eval mode and to one of some attentions, the first unless it has one; then back."""
+    training = [module for module in model.modules() if module.training]
+    attention: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+    model.eval()
+    try:
+        if attention not in attentions:
+            model.set_attn_implementation(attentions[0])
+        yield
+    finally:
+        if attention not in attentions:
+            model.set_attn_implementation(attention)
+        for module in training:
+            module.training = True
+
+
 def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are more than `hidden @ weight.T + bias`.
 
@@ -160,16 +179,9 @@ def check_head(model: PreTrainedModel) -> None:
 def _logits_both_ways(model: PreTrainedModel, head: Any) -> tuple[Tensor, Tensor]:
     """Return the logits of a few tokens from the model and from its hidden states, in fp32."""
     ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-    was_training = model.training
-    attention: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
-    model.eval()
-    model.set_attn_implementation("eager")  # flash attention would refuse fp32
-    try:
+    with evaluating(model, ("eager",)):  # flash attention would refuse fp32
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        model.set_attn_implementation(attention)
-        model.train(was_training)
     return F.linear(hidden, head.weight, getattr(head, "bias", None)).float(), logits.float()
 
 

@@ -17,7 +17,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ Completion = str | list[dict[str, Any]]
 
 
 class RewardError(ValueError):
-    """A reward function did not keep to its contract."""
+    """A reward function, or what it is called with, does not keep to the contract."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,7 @@ def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
     Raises:
         ValueError: names the function and what it lacks, or the column in its way.
     """
-    taken = _OWN_ARGUMENTS.intersection(columns)
-    if taken:
-        raise ValueError(
-            f"the dataset has a column named {sorted(taken)[0]!r}, which reward functions are "
-            "given already; rename it"
-        )
+    _refuse_own_arguments(columns)
     arguments: dict[str, Any] = {name: [] for name in _OWN_ARGUMENTS.union(columns) - {"prompt"}}
     for reward in rewards:
         try:
@@ -169,6 +164,14 @@ def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
 
 
 _OWN_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+
+
+def _refuse_own_arguments(columns: Iterable[str]) -> None:
+    if taken := _OWN_ARGUMENTS.intersection(columns):
+        raise RewardError(
+            f"the dataset has a column named {min(taken)!r}, but {min(taken)!r} is an argument's "
+            "name; rename the column"
+        )
 
 
 def decode_completions(
@@ -211,8 +214,7 @@ def score(
         "completions": completions,
         "completion_ids": completion_ids,
     }
-    if taken := arguments.keys() & columns.keys():
-        raise RewardError(f"dataset column {min(taken)!r} is an argument's name; rename the column")
+    _refuse_own_arguments(columns)
     arguments |= columns
     for name, values in arguments.items():
         if len(values) != len(completions):
@@ -267,14 +269,14 @@ def _find(name: str) -> RewardFunction:
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
-        raise RewardError(
+        raise ValueError(
             f"unknown reward function {name!r}, did you mean {nearest!r}? Give a built-in name "
             f"({', '.join(BUILT_IN)}), 'module:function' or 'path.py:function'"
         )
     module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise RewardError(f"reward function {name!r}: {source!r} has no function {attribute!r}")
+        raise ValueError(f"reward function {name!r}: {source!r} has no function {attribute!r}")
     return cast("RewardFunction", function)
 
 

@@ -10,8 +10,7 @@ tokens, E end-of-sequence ids.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from fastgrpo.model import evaluating
 from fastgrpo.rollout import Completions, SamplingParams
 
 _STEPS_BETWEEN_CHECKS = 16  # on a GPU, where a check waits for the device
@@ -79,7 +79,7 @@ class StaticCacheRollout:
         prompts_at_once = max(1, rows // num_generations)
         copies_at_once = min(rows, num_generations)
         parts: list[Completions] = []
-        with self._model.sampling_mode():
+        with evaluating(self._model.model, ("sdpa", "eager")):  # they take 4-D masks
             for i in range(0, len(prompt_ids), prompts_at_once):
                 prompts = self._model.prefill(prompt_ids[i : i + prompts_at_once])
                 for j in range(0, num_generations, copies_at_once):
@@ -160,23 +160,6 @@ class _StaticModel:
                 f"{max_length} exceeds the model's max_position_embeddings {limit}: shorten the "
                 "prompt or max_completion_length"
             )
-
-    @contextmanager
-    def sampling_mode(self) -> Generator[None]:
-        """Switch to eval mode and to an attention that takes 4-D masks, then restore both."""
-        training = [module for module in self.model.modules() if module.training]
-        attention = self.model.config._attn_implementation
-        takes_masks = attention in ("sdpa", "eager")
-        self.model.eval()
-        try:
-            if not takes_masks:
-                self.model.set_attn_implementation("sdpa")
-            yield
-        finally:
-            if not takes_masks:
-                self.model.set_attn_implementation(attention)
-            for module in training:
-                module.training = True
 
     def prefill(self, prompt_ids: list[list[int]]) -> _Prompts:
         """Read prompts, padded on the left to the longest."""
