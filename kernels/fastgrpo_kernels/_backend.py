@@ -58,6 +58,7 @@ def chunk_rows_for(
     hidden_size: int,
     vocabulary: int,
     dtype: torch.dtype,
+    logits_dtype: torch.dtype,
     device: torch.device,
     backend: ModuleType,
     with_weight_gradient: bool,
@@ -73,8 +74,7 @@ def chunk_rows_for(
         ValueError: `chunk_rows` below 1.
     """
     if chunk_rows is not None:
-        if chunk_rows < 1:
-            raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+        check_chunk_rows(chunk_rows)
         return min(chunk_rows, max(num_rows, 1))
     budget = 256 * MIB
     if device.type == "cuda" and with_weight_gradient:
@@ -82,7 +82,14 @@ def chunk_rows_for(
         budget = min(max(total // 32, budget), 4096 * MIB)
     # Logits, and of each row its hidden state and the fp32 gradient of that.
     row = vocabulary * dtype.itemsize + hidden_size * (dtype.itemsize + 4)
+    row += vocabulary * logits_dtype.itemsize if logits_dtype != dtype else 0
     # In float64 the temporaries are twice as wide.
     row += vocabulary * backend.TEMPORARY_BYTES * max(1, dtype.itemsize // 4)
     rows = budget // row
     return max(1, min(rows - rows % 16 if rows >= 16 else rows, max(num_rows, 1)))
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    """Refuse chunks of nothing."""
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")

@@ -5,45 +5,28 @@ N tokens, C rows of a chunk, K counted rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._backend import MIB, chunk_rows_for
-from ._inputs import ACTIVE, MASKED, TokenBatch, check_tensor
+from ._inputs import check_tensor
 from ._layout import check_device, same_tokens
+from ._plan import Run
+from ._sharding import gathered
 
 Tokens = int | Tensor  # the first token of a run of them, or their indices
 
 
-class RowPlan:
-    """The order in which rows are computed: with a gradient, then for their statistics only."""
+class Chunk(NamedTuple):
+    """Rows whose logits exist, and where their gradient may be written."""
 
-    def __init__(
-        self, batch: TokenBatch, wants_gradient: bool, statistics: str, skip_rows: bool
-    ) -> None:
-        state_N = batch.state_N
-        total = len(state_N)
-        self.order_N: Tensor | None = None
-        capturing = state_N.is_cuda and torch.cuda.is_current_stream_capturing()
-        self.skips_masked = skip_rows and not capturing
-        if not self.skips_masked:
-            self.num_gradient, self.num_computed = total if wants_gradient else 0, total
-            return
-        counts = torch.stack([(state_N == ACTIVE).sum(), (state_N != MASKED).sum()])
-        num_active, num_counted = counts.tolist()  # the one host synchronisation
-        self.num_gradient = num_active if wants_gradient else 0
-        self.num_computed = num_active if statistics == "active" else num_counted
-        if self.num_computed < total or 0 < self.num_gradient < total:
-            order_N = state_N.argsort(descending=True, stable=True)
-            self.order_N = order_N.to(batch.ids_N.device, non_blocking=True)
-
-    @property
-    def parts(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows with a gradient, and rows without, in the order of `order_N`."""
-        return (0, self.num_gradient), (self.num_gradient, self.num_computed)
+    tokens: Tokens
+    hidden_CH: Tensor
+    logits_CV: Tensor
+    dlogits_CV: Tensor  # the memory of logits_CV, unless the logits are wider than the gradient
 
 
 class Head:
@@ -54,27 +37,30 @@ class Head:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        ids: Tensor | None,
-        needs_gradient: tuple[bool, ...] | None = None,
+        ids: Tensor,
+        fp32_logits: bool = False,
     ) -> None:
-        if ids is not None:
-            check_tensor(hidden=hidden, weight=weight, ids=ids)
-            if torch.is_autocast_enabled(hidden.device.type):
-                dtype = torch.get_autocast_dtype(hidden.device.type)
-                hidden, weight = _as_autocast(hidden, dtype), _as_autocast(weight, dtype)
-                bias = None if bias is None else _as_autocast(bias, dtype)
-            _check_head(hidden, weight, bias, ids)
+        check_tensor(hidden=hidden, weight=weight, ids=ids)
+        weight, bias = gathered(weight), gathered(bias)
+        self.leaves = hidden, weight, bias  # in their own types: what gradients are returned to
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = _as_autocast(hidden, dtype), _as_autocast(weight, dtype)
+            bias = None if bias is None else _as_autocast(bias, dtype)
+        _check_head(hidden, weight, bias, ids)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.hidden_size, self.vocabulary = hidden.shape[-1], weight.shape[0]
         self.dtype, self.device = hidden.dtype, hidden.device
         self.accumulator_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        if needs_gradient is None:
-            enabled = torch.is_grad_enabled()
-            needs_gradient = tuple(
-                enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)
-            )
-        self.needs_hidden, self.needs_weight, self.needs_bias = needs_gradient
-        self.wants_gradient = any(needs_gradient)
+        self.logits_dtype = self.accumulator_dtype if fp32_logits else self.dtype
+        enabled = torch.is_grad_enabled()
+        self.needs_hidden = enabled and hidden.requires_grad
+        self.needs_weight = enabled and weight.requires_grad
+        self.needs_bias = enabled and bias is not None and bias.requires_grad
+
+    @property
+    def wants_gradient(self) -> bool:
+        return self.needs_hidden or self.needs_weight or self.needs_bias
 
     def chunk_rows(self, chunk_rows: int | None, num_rows: int, row_step: ModuleType) -> int:
         return chunk_rows_for(
@@ -83,40 +69,56 @@ class Head:
             hidden_size=self.hidden_size,
             vocabulary=self.vocabulary,
             dtype=self.dtype,
+            logits_dtype=self.logits_dtype,
             device=self.device,
             backend=row_step,
             with_weight_gradient=self.needs_weight,
         )
 
-    def chunks(
+    def buffers(self, size: int) -> tuple[Tensor, Tensor]:
+        """Make room for `size` logits and for their gradient, the same if both have one type."""
+        logits = torch.empty(size, device=self.device, dtype=self.logits_dtype)
+        if self.logits_dtype == self.dtype or not self.wants_gradient:
+            return logits, logits
+        return logits, torch.empty(size, device=self.device, dtype=self.dtype)
+
+    def chunk(
         self,
-        parts: Sequence[tuple[int, int]],
+        run: Run,
         order_N: Tensor | None,
-        chunk: int,
+        buffers: tuple[Tensor, Tensor],
+        columns: Run | None = None,
         kept_N: Tensor | None = None,
-    ) -> Iterator[tuple[int, Tokens, Tensor, Tensor]]:
-        """Yield part, tokens, hidden states and logits (in one reused buffer) of each chunk.
+    ) -> Chunk:
+        """Compute the logits of some rows, in a buffer that is used again.
 
         Args:
-            parts: from where to where to go through the rows; no chunk is in two parts.
+            run: the rows.
             order_N: the order of the rows; None: as they are.
-            chunk: rows of a chunk.
+            buffers: from `buffers`.
+            columns: of the vocabulary; None: all.
             kept_N: bool; the hidden states of the other rows are taken for 0.
         """
-        buffer_CV = torch.empty(chunk, self.vocabulary, device=self.device, dtype=self.dtype)
-        for part, (start, end) in enumerate(parts):
-            for first in range(start, end, chunk):
-                last = min(first + chunk, end)
-                tokens = first if order_N is None else order_N[first:last]
-                hidden_CH = self._rows(tokens, last - first)
-                if kept_N is not None:
-                    hidden_CH = hidden_CH.masked_fill(~kept_N[first:last, None], 0)
-                logits_CV = buffer_CV[: last - first]
-                if self.bias is None:
-                    torch.mm(hidden_CH, self.weight.t(), out=logits_CV)
-                else:
-                    torch.addmm(self.bias, hidden_CH, self.weight.t(), out=logits_CV)
-                yield part, tokens, hidden_CH, logits_CV
+        tokens = run[0] if order_N is None else order_N[run[0] : run[1]]
+        count = run[1] - run[0]
+        hidden_CH = self._rows(tokens, count)
+        if kept_N is not None:
+            kept_C = kept_N[run[0] : run[1]] if order_N is None else kept_N[tokens]
+            hidden_CH = hidden_CH.masked_fill(~kept_C[:, None], 0)
+        first, last = columns or (0, self.vocabulary)
+        weight_SH = self.weight[first:last]
+        bias_S = None if self.bias is None else self.bias[first:last]
+        shape = (count, last - first)
+        logits_CS, dlogits_CS = (x[: shape[0] * shape[1]].view(shape) for x in buffers)
+        if self.logits_dtype != self.dtype:
+            product_into(logits_CS, hidden_CH, weight_SH.t())
+            if bias_S is not None:
+                logits_CS += bias_S
+        elif bias_S is None:
+            torch.mm(hidden_CH, weight_SH.t(), out=logits_CS)
+        else:
+            torch.addmm(bias_S, hidden_CH, weight_SH.t(), out=logits_CS)
+        return Chunk(tokens, hidden_CH, logits_CS, dlogits_CS)
 
     def _rows(self, tokens: Tokens, count: int) -> Tensor:
         """Return the hidden states of some tokens without a copy of all of them."""
@@ -133,62 +135,86 @@ class Head:
 
 
 class HeadGradients:
-    """What the chunks add up to; only what is wanted exists."""
+    """What the chunks of a single pass add up to; only what is wanted exists."""
 
-    def __init__(self, head: Head, scale: Tensor | None) -> None:
-        self.head = head
-        self.scale = scale  # of dhidden, applied in fp32 before it is rounded
+    def __init__(
+        self, head: Head, grad_buffer: Tensor | None = None, buffer_scale: Tensor | None = None
+    ) -> None:
+        self.head, self.grad_buffer, self.buffer_scale = head, grad_buffer, buffer_scale
 
         def zeros(*shape: int, dtype: torch.dtype = head.accumulator_dtype) -> Tensor:
             return torch.zeros(shape, device=head.device, dtype=dtype)
 
         self.dhidden = zeros(*head.hidden.shape, dtype=head.dtype) if head.needs_hidden else None
-        self.dweight_VH = zeros(*head.weight.shape) if head.needs_weight else None
+        own_sum = head.needs_weight and grad_buffer is None
+        self.dweight_VH = zeros(*head.weight.shape) if own_sum else None
         self.dbias_V = zeros(head.vocabulary) if head.needs_bias else None
 
-    def add(self, tokens: Tokens, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
+    def add(self, chunk: Chunk) -> None:
+        """Add what the gradient of a chunk's logits gives."""
         if self.dhidden is not None:
-            dhidden_CH = _product(dlogits_CV, self.head.weight, self.head.accumulator_dtype)
-            if self.scale is not None:
-                dhidden_CH *= self.scale
             dhidden_NH = self.dhidden.view(-1, self.head.hidden_size)
-            if isinstance(tokens, int):
-                dhidden_NH[tokens : tokens + len(dhidden_CH)] = dhidden_CH
+            dhidden_CH = product(chunk.dlogits_CV, self.head.weight, self.head.accumulator_dtype)
+            if isinstance(chunk.tokens, int):
+                dhidden_NH[chunk.tokens : chunk.tokens + len(dhidden_CH)] = dhidden_CH
             else:
-                dhidden_NH[tokens] = dhidden_CH.to(self.head.dtype)
-        if self.dweight_VH is not None:
-            _add_product(self.dweight_VH, dlogits_CV.t(), hidden_CH)
+                dhidden_NH[chunk.tokens] = dhidden_CH.to(self.head.dtype)
+        if self.grad_buffer is not None and self.head.needs_weight:
+            assert self.buffer_scale is not None
+            add_product(self.grad_buffer, chunk.dlogits_CV.t(), chunk.hidden_CH, self.buffer_scale)
+        elif self.dweight_VH is not None:
+            add_product(self.dweight_VH, chunk.dlogits_CV.t(), chunk.hidden_CH)
         if self.dbias_V is not None:
-            self.dbias_V += dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
+            self.dbias_V += chunk.dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b, accumulated and returned in `dtype`."""
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b, accumulated over a long inner dimension and returned in `dtype`."""
     if a.dtype == dtype:
         return torch.mm(a, b)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
-    result = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     step = _slice_rows(a.shape[0] + b.shape[1], dtype)
     for first in range(0, a.shape[1], step):
         part = slice(first, first + step)
-        torch.addmm(result, a[:, part].to(dtype), b[part].to(dtype), out=result)
-    return result
+        torch.addmm(total, a[:, part].to(dtype), b[part].to(dtype), out=total)
+    return total
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to `total`, rounded once to its type."""
-    if a.dtype == total.dtype:
+def product_into(result: Tensor, a: Tensor, b: Tensor) -> None:
+    """Write a @ b, accumulated in the type of `result`, which is wider than that of the factors."""
+    if a.is_cuda:
+        torch.mm(a, b, out_dtype=result.dtype, out=result)
+        return
+    a = a.to(result.dtype)
+    step = _slice_rows(a.shape[1], result.dtype)
+    for first in range(0, b.shape[1], step):
+        part = slice(first, first + step)
+        torch.mm(a, b[:, part].to(result.dtype), out=result[:, part])
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
+    """Add scale * a @ b to `total`, computed in its type and rounded once."""
+    if scale is None and a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:
+        return
+    if scale is None and a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        # The CPU has no product of 16-bit matrices with an fp32 result: convert slice by slice.
-        b = b.to(total.dtype)
-        step = _slice_rows(a.shape[1], total.dtype)
-        for first in range(0, a.shape[0], step):
-            part = slice(first, first + step)
-            torch.addmm(total[part], a[part].to(total.dtype), b, out=total[part])
+        return
+    # In slices: the CPU has no product of 16-bit matrices with an fp32 result, and a factor that is
+    # known to the device only has no other place.
+    wide = torch.promote_types(a.dtype, torch.float32)
+    b = b if a.is_cuda else b.to(wide)
+    step = _slice_rows(max(a.shape[1], b.shape[1]), wide)
+    for first in range(0, a.shape[0], step):
+        a_part, part = a[first : first + step], total[first : first + step]
+        if scale is None:
+            torch.addmm(part, a_part.to(wide), b, out=part)
+        elif a.dtype == wide or not a.is_cuda:
+            part += torch.mm(a_part.to(wide), b).mul_(scale)
+        else:
+            part += torch.mm(a_part, b, out_dtype=wide).mul_(scale)
 
 
 def _slice_rows(width: int, dtype: torch.dtype) -> int:
@@ -216,11 +242,6 @@ def _as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> None:
-    if hasattr(weight, "full_tensor"):
-        raise NotImplementedError(
-            "weight is a DTensor, which is not built yet: pass "
-            "weight.full_tensor(grad_placements=[Partial('avg')])"
-        )
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight must be (V, {hidden.shape[-1]}) for hidden states {tuple(hidden.shape)}, "

@@ -32,6 +32,12 @@ class Layout:
         else:
             self.num_sequences = None if self.packed else shape[0]
 
+    def tokens_of(self, first: int, last: int) -> tuple[int, int]:
+        """Return where the tokens of the sequences from `first` up to `last` begin and end."""
+        if self.cu_seqlens is None:
+            return first * self.shape[1], last * self.shape[1]
+        return int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
+
     def like_tokens(self, name: str, value: Tensor) -> Tensor:
         """Flatten a value per token to (N,)."""
         shapes = [tuple(self.shape)]
@@ -44,15 +50,8 @@ class Layout:
     def per_token(self, name: str, value: Tensor) -> Tensor:
         """Flatten a value per token, or spread one per sequence over its tokens, to (N,)."""
         shape, sequences, tokens = tuple(value.shape), self.num_sequences, self.num_tokens
-        if sequences is not None and (shape == (sequences,) or shape == (sequences, 1)):
-            if not self.packed:
-                return flat(value.reshape(-1, 1).expand(self.shape))
-            if shape == (sequences,) or sequences != tokens:
-                assert self.cu_seqlens is not None
-                ends = self.cu_seqlens[1:]
-                position = torch.arange(tokens, device=ends.device, dtype=ends.dtype)
-                sequence_of_token = torch.searchsorted(ends, position, right=True)
-                return value.reshape(-1).to(ends.device, non_blocking=True)[sequence_of_token]
+        if self.is_per_sequence(value):
+            return self.spread(value.reshape(-1))
         if self.packed and shape == (tokens, 1):
             return flat(value)
         try:
@@ -62,6 +61,22 @@ class Layout:
             a_token = [(tokens,), (tokens, 1)] if self.packed else [tuple(self.shape)]
             remedy = "; one value per sequence needs cu_seqlens" if sequences is None else ""
             raise _shape_error(name, value, a_sequence + a_token, remedy) from None
+
+    def spread(self, value_B: Tensor) -> Tensor:
+        """Give each token the value of its sequence: (B,) to (N,)."""
+        if self.cu_seqlens is None:
+            return flat(value_B[:, None].expand(self.shape))
+        ends = self.cu_seqlens[1:]
+        position = torch.arange(self.num_tokens, device=ends.device, dtype=ends.dtype)
+        sequence_of_token = torch.searchsorted(ends, position, right=True)
+        return value_B.to(ends.device, non_blocking=True)[sequence_of_token]
+
+    def is_per_sequence(self, value: Tensor) -> bool:
+        """Say whether `per_token` would spread this value."""
+        shape, sequences = tuple(value.shape), self.num_sequences
+        if sequences is None or shape not in ((sequences,), (sequences, 1)):
+            return False
+        return not self.packed or shape == (sequences,) or sequences != self.num_tokens
 
     def sum_sequences(self, value_N: Tensor) -> Tensor:
         """Sum a value per token over each sequence: (N,) to (B,); no atomics."""

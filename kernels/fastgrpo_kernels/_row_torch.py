@@ -8,30 +8,16 @@ C rows of a chunk, N tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ._inputs import TokenBatch
-from ._reduce import RowResults
+from ._reduce import RowResults, Statistics
 from .config import GRPOLossConfig
 from .policy import policy_rows
 
 TEMPORARY_BYTES = 16
 """Bytes per logit that a row step needs beside the logits: four fp32 values."""
-
-
-class _Statistics(NamedTuple):
-    ids_C: Tensor  # 0 where the row is masked
-    e_CV: Tensor  # exp(z - largest), 0 in the target's column
-    shifted_CV: Tensor  # z - largest
-    rest_C: Tensor  # sum of e
-    total_C: Tensor  # rest + exp(z_target - largest)
-    log_total_C: Tensor
-    logps_C: Tensor
-    entropy_C: Tensor
 
 
 def loss_rows(
@@ -42,44 +28,92 @@ def loss_rows(
     rows: RowResults,
     config: GRPOLossConfig,
     scale: Tensor | None = None,
+    kept: Statistics | None = None,
+    dlogps_N: Tensor | None = None,
 ) -> None:
     """See `_row_triton.loss_rows`."""
+    if kept is None:
+        kept = Statistics.beside(rows.logps_N, rows.entropy_N)
+    if dlogps_N is None and dlogits_CV is not None:
+        dlogps_N = torch.zeros_like(rows.logps_N)
+    statistics_rows(logits_CV, tokens, batch.ids_N, batch.mask_N, config, kept)
     pick = _picked(tokens, len(logits_CV))
-    chunk = replace(
-        batch,
-        **{name: None if x is None else x[pick] for name, x in _vectors(batch).items()},
-    )
-    row = _statistics(logits_CV, chunk.ids_N, chunk.mask_N, config.temperature)
-    with torch.enable_grad():
-        logps_C = row.logps_C.requires_grad_(dlogits_CV is not None)
-        found = policy_rows(logps_C, row.entropy_C, chunk, config)
-    # Outside: autograd must not record what is written over the logits.
+    _objective(batch.at(pick), pick, rows, config, dlogps_N)
     if dlogits_CV is not None:
-        ones_C = torch.ones_like(found.loss_N)
-        (dlogps_C,) = torch.autograd.grad(found.loss_N, logps_C, ones_C)
-        if scale is not None:
-            dlogps_C = dlogps_C * scale
-        _write_dlogits(row, dlogits_CV, dlogps_C, None, chunk.mask_N, config.temperature)
-    for name in ("logps_N", "entropy_N", "loss_N", "policy_N", "kl_N", "clip_N"):
-        if getattr(rows, name) is not None:
-            getattr(rows, name)[pick] = getattr(found, name).detach()
+        assert dlogps_N is not None
+        weight_N = batch.entropy_weight_N
+        dlogits_rows(
+            logits_CV, dlogits_CV, tokens, batch.ids_N, batch.mask_N, config, kept, dlogps_N,
+            None if weight_N is None else -weight_N, scale,
+        )  # fmt: skip
 
 
-def logps_rows(
+def objective_rows(
+    batch: TokenBatch,
+    rows: RowResults,
+    config: GRPOLossConfig,
+    dlogps_N: Tensor | None,
+    sequences: tuple[int, int] | None = None,
+) -> None:
+    """See `_row_triton.objective_rows`."""
+    pick = slice(None)
+    if sequences is not None:
+        batch, pick = batch.sequences(*sequences)
+    _objective(batch, pick, rows, config, dlogps_N)
+
+
+def statistics_rows(
     logits_CV: Tensor,
     tokens: int | Tensor,
     ids_N: Tensor,
     mask_N: Tensor | None,
-    temperature: float,
-    logps_N: Tensor,
-    entropy_N: Tensor,
+    config: GRPOLossConfig,
+    found: Statistics,
+    first_column: int = 0,
+    last_columns: bool = True,
 ) -> None:
-    """See `_row_triton.logps_rows`."""
+    """See `_row_triton.statistics_rows`."""
     pick = _picked(tokens, len(logits_CV))
-    mask_C = None if mask_N is None else mask_N[pick]
-    row = _statistics(logits_CV, ids_N[pick], mask_C, temperature)
-    logps_N[pick] = row.logps_C if mask_C is None else torch.where(mask_C, row.logps_C, 0)
-    entropy_N[pick] = row.entropy_C if mask_C is None else torch.where(mask_C, row.entropy_C, 0)
+    z_CV = _softmax_logits(logits_CV, config)
+    here_C, ids_C1 = _target(ids_N[pick] - first_column, z_CV)
+    target_C = torch.where(here_C, z_CV.gather(1, ids_C1)[:, 0], torch.nan)
+    largest_C = z_CV.amax(1)
+    if found.rest_N is not None and found.moment_N is not None and found.target_N is not None:
+        previous_C, rest_C, moment_C = (
+            found.largest_N[pick],
+            found.rest_N[pick],
+            found.moment_N[pick],
+        )
+        largest_C = torch.maximum(largest_C, previous_C)
+        # While all logits are -inf there is nothing to subtract: -inf - -inf is a NaN.
+        seen_C = previous_C != -torch.inf
+        shift_C = torch.where(seen_C, previous_C - largest_C, 0)
+        decay_C = torch.where(seen_C, shift_C.exp(), 0)
+        moment_C, rest_C = decay_C * (moment_C + shift_C * rest_C), decay_C * rest_C
+        target_C = torch.where(here_C, target_C, found.target_N[pick])
+    else:
+        rest_C = moment_C = torch.zeros_like(largest_C)
+    base_C = torch.where(largest_C == -torch.inf, 0, largest_C)
+    z_CV -= base_C[:, None]
+    e_CV = z_CV.exp()
+    e_CV.scatter_(1, ids_C1, torch.where(here_C[:, None], 0, e_CV.gather(1, ids_C1)))
+    rest_C = rest_C + e_CV.sum(1)
+    # -inf columns have e = 0 and would give 0 * -inf.
+    moment_C = moment_C + e_CV.mul_(z_CV.masked_fill_(e_CV == 0, 0)).sum(1)
+    if found.rest_N is not None and found.moment_N is not None and found.target_N is not None:
+        found.largest_N[pick], found.rest_N[pick] = largest_C, rest_C
+        found.moment_N[pick], found.target_N[pick] = moment_C, target_C
+    if not last_columns:
+        return
+    target_C = target_C - base_C
+    e_target_C = target_C.exp()
+    total_C = rest_C + e_target_C
+    moment_C = moment_C + (e_target_C * target_C).masked_fill_(e_target_C == 0, 0)
+    log_sum_C = torch.where(target_C == 0, rest_C.log1p(), total_C.log())
+    results = (target_C - log_sum_C, log_sum_C - moment_C / total_C, base_C, log_sum_C)
+    places = (found.logps_N, found.entropy_N, found.largest_N, found.log_sum_N)
+    for place_N, result_C in zip(places, results, strict=True):
+        place_N[pick] = result_C if mask_N is None else torch.where(mask_N[pick], result_C, 0)
 
 
 def dlogits_rows(
@@ -88,16 +122,41 @@ def dlogits_rows(
     tokens: int | Tensor,
     ids_N: Tensor,
     mask_N: Tensor | None,
-    temperature: float,
+    config: GRPOLossConfig,
+    found: Statistics,
     dlogps_N: Tensor,
     dentropy_N: Tensor | None,
+    scale: Tensor | None = None,
+    first_column: int = 0,
 ) -> None:
     """See `_row_triton.dlogits_rows`."""
     pick = _picked(tokens, len(logits_CV))
-    mask_C = None if mask_N is None else mask_N[pick]
-    row = _statistics(logits_CV, ids_N[pick], mask_C, temperature)
-    dentropy_C = None if dentropy_N is None else dentropy_N[pick]
-    _write_dlogits(row, dlogits_CV, dlogps_N[pick], dentropy_C, mask_C, temperature)
+    dlogps_C, logps_C = dlogps_N[pick], found.logps_N[pick]
+    dentropy_C = torch.zeros_like(dlogps_C) if dentropy_N is None else dentropy_N[pick]
+    if scale is not None:
+        dlogps_C, dentropy_C = dlogps_C * scale, dentropy_C * scale
+    nothing_C = (dlogps_C == 0) & (dentropy_C == 0)
+    if mask_N is not None:
+        nothing_C |= ~mask_N[pick]
+    log_p_CV = _softmax_logits(logits_CV, config)
+    slope_CV = _slope(logits_CV, config)
+    here_C, ids_C1 = _target(ids_N[pick] - first_column, log_p_CV)
+    log_p_CV -= found.largest_N[pick][:, None]
+    log_p_CV -= found.log_sum_N[pick][:, None]
+    gradient_CV = log_p_CV.exp()
+    d_target_C = -dlogps_C * logps_C.expm1()
+    if dentropy_N is None:
+        gradient_CV *= -dlogps_C[:, None]
+    else:
+        entropy_C = found.entropy_N[pick]
+        surprise_CV = log_p_CV.add_(entropy_C[:, None]).masked_fill_(gradient_CV == 0, 0)
+        gradient_CV *= surprise_CV.mul_(dentropy_C[:, None]).add_(dlogps_C[:, None]).neg_()
+        p_C = logps_C.exp()
+        d_target_C = d_target_C - torch.where(p_C > 0, dentropy_C * p_C * (logps_C + entropy_C), 0)
+    there_C1 = gradient_CV.gather(1, ids_C1)
+    gradient_CV.scatter_(1, ids_C1, torch.where(here_C[:, None], d_target_C[:, None], there_C1))
+    dlogits_CV.copy_(gradient_CV.mul_(slope_CV))
+    dlogits_CV.masked_fill_(nothing_C[:, None], 0)
 
 
 def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
@@ -105,71 +164,52 @@ def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
     values_CV.copy_(values_CV.to(torch.promote_types(values_CV.dtype, torch.float32)) * scale)
 
 
+def _objective(
+    batch: TokenBatch,
+    pick: slice | Tensor,
+    rows: RowResults,
+    config: GRPOLossConfig,
+    dlogps_N: Tensor | None,
+) -> None:
+    """Fill `rows`, and the derivative if it is wanted, for the tokens of a batch."""
+    logps_C = rows.logps_N[pick].detach().requires_grad_(dlogps_N is not None)
+    with torch.enable_grad():
+        found = policy_rows(logps_C, rows.entropy_N[pick], batch, config)
+    if dlogps_N is not None:
+        ones_C = torch.ones_like(found.loss_N)
+        (dlogps_N[pick],) = torch.autograd.grad(found.loss_N, logps_C, ones_C)
+    for name in ("loss_N", "policy_N", "kl_N", "report_N"):
+        if getattr(rows, name) is not None:
+            getattr(rows, name)[pick] = getattr(found, name).detach()
+
+
 def _picked(tokens: int | Tensor, count: int) -> slice | Tensor:
     """Return the index of a chunk's tokens: a run of them from the first, or their list."""
     return slice(tokens, tokens + count) if isinstance(tokens, int) else tokens
 
 
-def _vectors(batch: TokenBatch) -> dict[str, Tensor | None]:
-    return {name: value for name, value in vars(batch).items() if name.endswith("_N")}
+def _softmax_logits(logits_CV: Tensor, config: GRPOLossConfig) -> Tensor:
+    """Return a copy as the softmax sees it: scaled, capped, divided by the temperature."""
+    z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32), copy=True)
+    if config.logit_softcap is None:
+        return z_CV.mul_(config.logit_scale / config.temperature)
+    cap = config.logit_softcap
+    return z_CV.mul_(config.logit_scale / cap).tanh_().mul_(cap / config.temperature)
 
 
-def _statistics(
-    logits_CV: Tensor, ids_C: Tensor, mask_C: Tensor | None, temperature: float
-) -> _Statistics:
-    dtype = torch.promote_types(logits_CV.dtype, torch.float32)
-    shifted_CV = logits_CV.to(dtype, copy=True).mul_(1 / temperature)
-    largest_C1 = shifted_CV.amax(-1, keepdim=True)
-    shifted_CV -= largest_C1.masked_fill_(largest_C1 == -torch.inf, 0)
-    ids_C = (ids_C if mask_C is None else ids_C.masked_fill(~mask_C, 0)).long()
-    target_C1 = shifted_CV.gather(1, ids_C[:, None])
-    e_CV = shifted_CV.exp().scatter_(1, ids_C[:, None], 0)
-    rest_C = e_CV.sum(1)
-    e_target_C1 = target_C1.exp()
-    total_C = rest_C + e_target_C1[:, 0]
-    log_total_C = torch.where(target_C1[:, 0] == 0, rest_C.log1p(), total_C.log())
-    moment_C = _moment(e_CV, shifted_CV) + _moment(e_target_C1, target_C1)
-    return _Statistics(
-        ids_C=ids_C,
-        e_CV=e_CV,
-        shifted_CV=shifted_CV,
-        rest_C=rest_C,
-        total_C=total_C,
-        log_total_C=log_total_C,
-        logps_C=target_C1[:, 0] - log_total_C,
-        entropy_C=log_total_C - moment_C / total_C,
-    )
+def _slope(logits_CV: Tensor, config: GRPOLossConfig) -> Tensor | float:
+    """Return the derivative of `_softmax_logits`."""
+    slope = config.logit_scale / config.temperature
+    if config.logit_softcap is None:
+        return slope
+    e_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32), copy=True)
+    e_CV = e_CV.mul_(config.logit_scale / config.logit_softcap).abs_().mul_(-2).exp_()
+    # 1 - tanh^2, from e = exp(-2|x|): the difference would be 0 where the cap is felt most.
+    square_CV = (e_CV + 1).square_()
+    return e_CV.mul_(4 * slope).div_(square_CV)
 
 
-def _moment(e_CV: Tensor, shifted_CV: Tensor) -> Tensor:
-    # -inf columns have e = 0 and would give 0 * -inf.
-    return (e_CV * shifted_CV).masked_fill_(e_CV == 0, 0).sum(1)
-
-
-def _write_dlogits(
-    row: _Statistics,
-    dlogits_CV: Tensor,
-    dlogps_C: Tensor,
-    dentropy_C: Tensor | None,
-    mask_C: Tensor | None,
-    temperature: float,
-) -> None:
-    """Write dlogp * (1[target] - p) - dentropy * p * (log p + entropy), times 1 / temperature.
-
-    Where masked 0, whatever the logits are.
-    """
-    ids_C1 = row.ids_C[:, None]
-    p_CV = None
-    if dentropy_C is not None:
-        p_CV = row.e_CV.scatter(1, ids_C1, row.shifted_CV.gather(1, ids_C1).exp())
-        p_CV /= row.total_C[:, None]
-    # The statistics are not needed again: their memory is the gradient's.
-    gradient_CV = row.e_CV.mul_((-dlogps_C / row.total_C)[:, None])
-    gradient_CV.scatter_(1, ids_C1, (dlogps_C * (row.rest_C / row.total_C))[:, None])
-    if p_CV is not None and dentropy_C is not None:
-        surprise_CV = row.shifted_CV.add_((row.entropy_C - row.log_total_C)[:, None])
-        surprise_CV.masked_fill_(p_CV == 0, 0)
-        gradient_CV -= p_CV.mul_(surprise_CV).mul_(dentropy_C[:, None])
-    dlogits_CV.copy_(gradient_CV.mul_(1 / temperature))
-    if mask_C is not None:
-        dlogits_CV.masked_fill_(~mask_C[:, None], 0)
+def _target(ids_C: Tensor, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether each row's target is among these columns, and a column (C, 1) in any case."""
+    here_C = (ids_C >= 0) & (ids_C < logits_CV.shape[1])
+    return here_C, torch.where(here_C, ids_C, 0).long()[:, None]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
 from torch import Tensor
 
 Number = int | float | Tensor
+
+# Exponents stop here, in value and derivative: more is not needed to see that policies have drifted
+# apart, and overflows soon.
+MAX_EXPONENT = 60.0
+# VESPO's bounds of a log-ratio.
+LOG_MIN, LOG_MAX = math.log(1e-8), 20.0
+
 LossType = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "gmpo"
 ]  # fmt: skip
@@ -19,17 +27,24 @@ class GRPOLossConfig:
     """The mathematics of the loss; how it is computed is said by the arguments of the functions.
 
     Raises:
-        ValueError: a value is outside its range; names the field and the value.
-        NotImplementedError: the option is part of the surface but not built yet; names the field.
+        ValueError: a value is outside its range, or two values exclude each other; names both.
     """
 
     loss_type: LossType = "dapo"
-    """How per-token losses are clipped and averaged. `grpo`: mean over sequences of the mean over
-    their tokens (arXiv 2402.03300). `dapo`: mean over all tokens of the optimisation step
-    (2503.14476). `bnpo`: mean over the tokens of this call. `dr_grpo`: sum over tokens, divided by
-    sequences times `max_completion_length` (2503.20783)."""
+    """What a token contributes and how tokens are averaged.
+
+    Clipped ratios: `grpo`, mean over sequences of the mean over their tokens (arXiv 2402.03300);
+    `dapo`, mean over all tokens of the optimisation step (2503.14476); `bnpo`, mean over the tokens
+    of this call; `dr_grpo`, sum over tokens, divided by sequences times `max_completion_length`
+    (2503.20783); `luspo`, mean over sequences of the sum over their tokens (2602.05261).
+
+    Others: `cispo`, log-prob times the capped, detached ratio, averaged as `dapo` (2506.13585);
+    `sapo`, a sigmoid gate in place of the clip, averaged as `grpo` (2511.20347); `vespo`, log-prob
+    times a detached weight of the sequence, averaged as `dapo` (2602.10693); `gmpo`, the geometric
+    mean of the sequence's clipped ratios, averaged as `grpo` (2507.20673)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Ratio of each token, or of the whole sequence (GSPO, 2507.18071)."""
+    """Ratio of each token, or of the whole sequence (GSPO, 2507.18071). `vespo` and `gmpo` weigh
+    sequences by themselves: "token" only."""
     epsilon_low: float = 0.2
     """The ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: float = 0.2
@@ -41,7 +56,8 @@ class GRPOLossConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence (joschu.net/blog/kl-approx.html); k3 is never negative."""
     use_bias_correction_kl: bool = False
-    """Multiply the KL estimate by the ratio (DeepSeek-V3.2). TRL's default is on, ours is off."""
+    """Multiply the KL estimate by the ratio, with its gradient and without clipping
+    (DeepSeek-V3.2). TRL's default is on, ours is off."""
     temperature: float = 1.0
     """Divides the logits; the temperature the completions were sampled with."""
     logit_scale: float = 1.0
@@ -49,11 +65,12 @@ class GRPOLossConfig:
     logit_softcap: float | None = None
     """Cap c of c * tanh(logit / c) (Gemma)."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus: the mean entropy times this is subtracted from the loss."""
     max_completion_length: int | None = None
     """Tokens a completion may have; the constant in the denominator of `dr_grpo`."""
     cispo_bounds: Literal["trl", "verl"] = "trl"
-    """CISPO's cap: epsilon_high itself (TRL), or [1 - epsilon_low, 1 + epsilon_high] (verl)."""
+    """CISPO caps the ratio at epsilon_high itself (TRL; 5 for example) or clips it to
+    [1 - epsilon_low, 1 + epsilon_high] (verl)."""
     sapo_temperature_pos: float = 1.0
     """SAPO's temperature where the advantage is positive."""
     sapo_temperature_neg: float = 1.05
@@ -95,12 +112,22 @@ class GRPOLossConfig:
             _check(self, "max_completion_length", holds, "a whole number, 1 or more")
         elif self.loss_type == "dr_grpo":
             raise ValueError("loss_type='dr_grpo' divides by max_completion_length: set it")
-        for field, built in _BUILT.items():
-            if getattr(self, field) not in built:
-                raise NotImplementedError(
-                    f"{field}={getattr(self, field)!r} is not built yet; built: "
-                    + ", ".join(map(repr, built))
-                )
+        if self.importance_sampling_level == "sequence" and self.loss_type in ("vespo", "gmpo"):
+            raise ValueError(
+                f"importance_sampling_level='sequence' is not defined for loss_type="
+                f"{self.loss_type!r}, which weighs whole sequences by itself: use 'token'"
+            )
+        if self.loss_type == "cispo" and self.cispo_bounds == "trl" and self.epsilon_high < 1:
+            warnings.warn(
+                f"loss_type='cispo' caps ratios at epsilon_high itself, and {self.epsilon_high} is "
+                "below the ratio of an unchanged policy: 5 is usual, or cispo_bounds='verl'",
+                stacklevel=3,
+            )
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether a token's gradient depends on the log-probs of its whole sequence."""
+        return self.importance_sampling_level == "sequence" or self.loss_type in ("vespo", "gmpo")
 
 
 class LossArguments(TypedDict, total=False):
@@ -118,17 +145,22 @@ class LossArguments(TypedDict, total=False):
     ref_logps: Tensor | None
     """Like completion_ids, fp32: log-probs under the reference; read if and only if beta > 0."""
     importance_sampling_ratio: Tensor | None
-    """Like completion_ids, (B,) or (B, 1): correction for a sampler that is not the policy."""
+    """Like completion_ids, (B,) or (B, 1): correction for a sampler that is not the policy;
+    multiplies the policy term (`vespo`: part of the sequence's weight)."""
     policy_weight: Tensor | None
-    """Like completion_ids, (B,) or (B, 1): multiplies the policy term, not the KL."""
+    """Like completion_ids, (B,) or (B, 1): multiplies the policy term, not the KL nor the entropy
+    (an off-policy mask)."""
     entropy_mask: Tensor | None
-    """Like completion_ids: multiplies the policy term and the entropy bonus."""
+    """Like completion_ids: multiplies the policy term and the entropy bonus (`gmpo`: leaves tokens
+    out of the geometric mean)."""
     num_items_in_batch: Number | None
-    """Counted tokens of the whole optimisation step, for `dapo`; None: of this call."""
+    """Counted tokens of the whole optimisation step, for the losses averaged as `dapo`; None: of
+    this call."""
     num_sequences_in_batch: Number | None
-    """Sequences of the whole optimisation step, for `grpo` and `dr_grpo`; None: of this call."""
+    """Sequences of the whole optimisation step, for the losses averaged over sequences; None: of
+    this call."""
     entropy_denominator: Number | None
-    """Divides the entropy bonus; None: the counted tokens of this call."""
+    """Divides the entropy bonus; None: the sum of mask times entropy mask of this call."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +190,6 @@ _POSITIVE = (
     "vespo_lambda_neg",
     "gmpo_clip",
 )
-# The values that work today, for the options of which not every value does.
-_BUILT: dict[str, tuple[object, ...]] = {
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
-    "importance_sampling_level": ("token",),
-    "kl_estimator": ("k3",),
-    "use_bias_correction_kl": (False,),
-    "logit_scale": (1.0,),
-    "logit_softcap": (None,),
-    "entropy_coef": (0.0,),
-    "skip_empty_sequences": (False,),
-}
 
 
 def _is_number(value: object) -> bool:

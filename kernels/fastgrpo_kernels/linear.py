@@ -1,27 +1,40 @@
-"""The loss from hidden states: a chunk loop around the matrix products and the row step.
+"""The loss, and log-probs, from hidden states: the head's logits never exist in full.
 
-For every chunk of rows: logits into one reused buffer, the row step writes their gradient over
-them, and two more products take it to the hidden states and to the weight. The gradient is known
-when the loss is, so nothing is recomputed: 6NHV FLOPs in all, 2NHV each. Autograd's backward only
-multiplies by the upstream scalar.
+`_single_pass.py` and `_recompute.py` are the two ways to the gradients.
 
 B sequences, T positions, N tokens (B * T, or packed), C rows of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+from dataclasses import replace
 from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._backend import row_backend, runs_eagerly
-from ._head import Head, HeadGradients, RowPlan, scaled
-from ._inputs import COUNTED, check_ids, flat_mask, flatten, upstream_vectors
+from ._autograd import once_differentiable
+from ._backend import MIB, check_chunk_rows, row_backend, runs_eagerly
+from ._head import Head, HeadGradients, scaled
+from ._inputs import (
+    ACTIVE,
+    COUNTED,
+    check_ids,
+    check_tensor,
+    flat_mask,
+    flatten,
+    upstream_vectors,
+)
 from ._layout import Layout, check_device, flat
-from ._reduce import RowResults, reduce_rows
+from ._plan import RowPlan, pieces
+from ._recompute import Recompute, RecomputedGradients
+from ._reduce import Statistics, reduce_rows
+from ._single_pass import KnownGradients, SinglePass, needs_whole_sequences
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
+
+logger = logging.getLogger(__package__)
 
 
 @runs_eagerly
@@ -55,16 +68,29 @@ def linear_grpo_loss(
         advantages: may be on the CPU. A token whose advantage is 0 gets no gradient products when
             beta is 0.
         bias: of the LM head.
-        method: "single_pass" (6NHV); "auto" is that. "recompute" is not built yet.
+        method: "single_pass": gradients in the forward pass, 6NHV, and an fp32 tensor of the size
+            of the head (8NHV for rows of sequences that couple their rows and are longer than a
+            chunk). "recompute": 8NHV, logits by slices of the vocabulary and again in backward; 4NH
+            bytes and 128 MiB beside what is returned. "auto": "recompute" on a GPU where that fp32
+            tensor would take more than an eighth of the memory, else "single_pass"; says which to
+            the logger `fastgrpo_kernels` at level DEBUG.
         chunk_rows: rows whose logits exist at a time; None: as many as fit the byte budget
-            (256 MiB on a CPU, 1/32 of a GPU's memory).
+            (256 MiB on a CPU, 1/32 of a GPU's memory). With "recompute", rows of a tile.
         statistics: "all": log-prob and entropy of every counted token. "active": only of those
             with a gradient; the rest is NaN, the metrics are means over the computed rows.
         skip_rows: leave out what cannot contribute, at the price of one host synchronisation
             (none if mask and advantages are on the CPU). False: compute every row.
-        fp32_logits: not built yet.
-        grad_buffer: not built yet.
-        grad_scale: belongs to grad_buffer.
+        fp32_logits: keep the products' fp32 results as logits; they are not rounded to 16 bits.
+        grad_buffer: (V, H), takes `grad_scale` times the gradient of the weight, added to what is
+            there; the weight then gets no gradient from autograd, and no second tensor of its size
+            is made: micro-batches add up in one place. What the caller gives up with "single_pass":
+            the gradient is added in the forward pass, before it is known whether backward will run
+            and with which upstream gradient, so the final factor of the loss has to be
+            `grad_scale`, and the buffer must be of the accumulator's type (fp32), since it is
+            rounded after every chunk. With "recompute" it is added in backward, times the upstream
+            gradient, and may be of any type. Hooks on the weight do not see it. The gradient of a
+            tied embedding still goes through autograd: with `grad_buffer=weight.grad` both meet.
+        grad_scale: multiplies what is added to `grad_buffer`, and nothing else.
         backend: "triton", "torch" or "auto": Triton on a GPU.
         config: the mathematics.
         **arguments: by keyword, all optional (`LossArguments` has them with their types):
@@ -85,66 +111,59 @@ def linear_grpo_loss(
     Raises:
         ValueError: shapes, types, devices or values that do not fit; the message holds them.
         TypeError: an unknown argument, or something else than a tensor.
-        NotImplementedError: an option that is not built yet, by name.
+        RuntimeError: in backward, if a second derivative is asked for (create_graph=True).
     """
     _check_choice("method", method, ("auto", "single_pass", "recompute"))
     _check_choice("statistics", statistics, ("all", "active"))
     if statistics == "active" and not skip_rows:
         raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
-    _refuse_unbuilt(
-        method=method == "recompute", fp32_logits=fp32_logits, grad_buffer=grad_buffer is not None
-    )
-    if grad_scale != 1.0:
-        raise ValueError(f"grad_scale={grad_scale} belongs to grad_buffer, which was not given")
-    head = Head(hidden, weight, bias, completion_ids)
+    head = Head(hidden, weight, bias, completion_ids, fp32_logits=fp32_logits)
+    _check_grad_buffer(head, grad_buffer, grad_scale)
+    head.needs_weight |= grad_buffer is not None and torch.is_grad_enabled()
     batch = flatten(
         completion_ids, advantages, head.device, head.accumulator_dtype, config=config, **arguments
     )
     check_ids(batch.ids_N, batch.mask_N, head.vocabulary)
     row_step = row_backend(backend, head.device, head.dtype)
-    plan = RowPlan(batch, head.wants_gradient, statistics, skip_rows)
-    chunk = head.chunk_rows(chunk_rows, plan.num_computed, row_step)
-
-    rows = RowResults.zeros(
-        batch.ids_N.numel(), batch.ref_logps_N is not None, head.device, head.accumulator_dtype
+    way = _way(method, head, grad_buffer)
+    only_active = statistics == "active"
+    plan = RowPlan(
+        batch,
+        wants_gradient=head.wants_gradient,
+        only_active=only_active,
+        skip_rows=skip_rows,
+        coupled=way == "single_pass" and needs_whole_sequences(batch, config),
     )
+    seen = batch
+    if only_active:
+        # Metrics are of rows that were computed; the denominators still know the others.
+        seen = replace(batch, mask_N=(batch.state_N == ACTIVE).to(head.device))
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):
-        # dX is rounded to its type with the mantissa of 1 / denominator on it; the power of two,
-        # which would take fp16 below its smallest number, is exact and waits for the upstream.
-        weight_scale = 1 / batch.denominator
-        mantissa, exponent = torch.frexp(weight_scale)
-        gradients = HeadGradients(head, mantissa)
-        # Computed or not, a masked row must not reach the gradient of the weight: 0 * NaN is NaN.
-        kept_N = None if plan.skips_masked else batch.mask_N
-        for part, tokens, hidden_CH, logits_CV in head.chunks(
-            plan.parts, plan.order_N, chunk, kept_N
-        ):
-            with_gradient = part == 0
-            dlogits_CV = logits_CV if with_gradient else None
-            row_step.loss_rows(logits_CV, dlogits_CV, tokens, batch, rows, config)
-            if with_gradient:
-                gradients.add(tokens, logits_CV, hidden_CH)
+        if way == "single_pass":
+            chunk = head.chunk_rows(chunk_rows, plan.num_computed, row_step)
+            call = SinglePass(head, seen, plan, config, chunk, row_step, grad_buffer, grad_scale)
+        else:
+            check_chunk_rows(chunk_rows)
+            call = Recompute(
+                head, seen, plan, config, chunk_rows, row_step, grad_buffer, grad_scale
+            )
+        rows = call.rows
         loss, metrics = reduce_rows(
             rows,
-            batch,
+            seen,
+            config,
             num_computed_rows=plan.num_computed,
             num_gradient_rows=plan.num_gradient,
-            mean_over=plan.num_computed if statistics == "active" else None,
+            mean_over=plan.num_computed if only_active else None,
         )
-        if statistics == "active":
+        if only_active:
             skipped_N = (batch.state_N == COUNTED).to(head.device)
             rows.logps_N.masked_fill_(skipped_N, torch.nan)
             rows.entropy_N.masked_fill_(skipped_N, torch.nan)
-    if head.wants_gradient:
-        loss = _KnownGradients.apply(
-            loss,
-            torch.ldexp(torch.ones_like(mantissa), exponent),
-            weight_scale,
-            hidden,
-            weight,
-            bias,
-            gradients,
-        )
+    if head.wants_gradient and isinstance(call, SinglePass):
+        loss = KnownGradients.apply(loss, *head.leaves, call.power, call.gradients)
+    elif head.wants_gradient:
+        loss = RecomputedGradients.apply(loss, *head.leaves, call)
     shape = completion_ids.shape
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
 
@@ -161,6 +180,7 @@ def linear_logps(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_rows: int | None = None,
+    fp32_logits: bool = False,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute log-prob of each id and entropy of each distribution, a chunk of logits at a time.
@@ -175,9 +195,10 @@ def linear_logps(
         bias: of the LM head.
         mask: tokens that count; None: all.
         temperature: divides the logits.
-        logit_scale: only 1 is built yet.
-        logit_softcap: only None is built yet.
+        logit_scale: multiplies the logits before softcap and temperature.
+        logit_softcap: cap c of c * tanh(logit / c); None: none.
         chunk_rows: rows whose logits exist at a time; None: as many as fit the byte budget.
+        fp32_logits: keep the products' fp32 results as logits; they are not rounded to 16 bits.
         backend: "triton", "torch" or "auto".
 
     Returns:
@@ -185,10 +206,11 @@ def linear_logps(
 
     Raises:
         ValueError: shapes, types, devices or values that do not fit; the message holds them.
-        NotImplementedError: an option that is not built yet, by name.
     """
-    GRPOLossConfig(temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap)
-    head = Head(hidden, weight, bias, ids)
+    config = GRPOLossConfig(
+        temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap
+    )
+    head = Head(hidden, weight, bias, ids, fp32_logits=fp32_logits)
     mask_N = flat_mask(Layout(ids), "mask", mask)
     check_device(head.device, ids=ids)
     tokens_K = None if mask_N is None else mask_N.nonzero()[:, 0].to(head.device)
@@ -197,85 +219,101 @@ def linear_logps(
     row_step = row_backend(backend, head.device, head.dtype)
     num_rows = ids.numel() if tokens_K is None else len(tokens_K)
     logps_N, entropy_N = _LinearLogps.apply(
-        head.hidden,
-        head.weight,
-        head.bias,
+        *head.leaves,
+        head,
         flat(ids),
         tokens_K,
         num_rows,
-        temperature,
+        config,
         head.chunk_rows(chunk_rows, num_rows, row_step),
         row_step,
     )  # pyright: ignore[reportGeneralTypeIssues]
     return logps_N.view(ids.shape), entropy_N.view(ids.shape)
 
 
-class _KnownGradients(torch.autograd.Function):
-    """A loss whose gradients were computed with it; backward scales them by the upstream."""
-
-    @staticmethod
-    def forward(ctx, loss, hidden_scale, weight_scale, hidden, weight, bias, gradients):
-        ctx.save_for_backward(
-            hidden_scale, weight_scale, gradients.dhidden, gradients.dweight_VH, gradients.dbias_V
-        )
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        hidden_scale, weight_scale, dhidden, dweight_VH, dbias_V = ctx.saved_tensors
-        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None,
-            None,
-            None,
-            scaled(dhidden, upstream * hidden_scale, hidden_dtype),
-            scaled(dweight_VH, upstream * weight_scale, weight_dtype),
-            scaled(dbias_V, upstream * weight_scale, bias_dtype),
-            None,
-        )
-
-
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids_N, tokens_K, num_rows, temperature, chunk, row_step):
-        ctx.save_for_backward(hidden, weight, bias, ids_N, tokens_K)
-        ctx.options = num_rows, temperature, chunk, row_step
-        ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
-        head = Head(hidden, weight, bias, None)
+    def forward(
+        ctx, hidden, weight, bias, head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step
+    ):
         logps_N = torch.zeros(ids_N.shape, device=head.device, dtype=head.accumulator_dtype)
-        entropy_N = torch.zeros_like(logps_N)
+        found = Statistics.beside(logps_N, torch.zeros_like(logps_N))
         with torch.autocast(head.device.type, enabled=False):
-            for _, tokens, _, logits_CV in head.chunks([(0, num_rows)], tokens_K, chunk):
-                row_step.logps_rows(logits_CV, tokens, ids_N, None, temperature, logps_N, entropy_N)
-        return logps_N, entropy_N
+            buffers = head.buffers(chunk_rows * head.vocabulary)
+            for run in pieces((0, num_rows), chunk_rows):
+                chunk = head.chunk(run, tokens_K, buffers)
+                row_step.statistics_rows(chunk.logits_CV, chunk.tokens, ids_N, None, config, found)
+        # Saved though `head` has them: autograd then notices if somebody overwrites them.
+        ctx.save_for_backward(
+            head.hidden, head.weight, head.bias,
+            found.logps_N, found.entropy_N, found.largest_N, found.log_sum_N,
+        )  # fmt: skip
+        ctx.call = head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
+        return found.logps_N, found.entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogps_N, dentropy_N):
-        hidden, weight, bias, ids_N, tokens_K = ctx.saved_tensors
-        num_rows, temperature, chunk, row_step = ctx.options
-        head = Head(hidden, weight, bias, None, ctx.needs_input_grad[:3])
-        gradients = HeadGradients(head, None)
+        head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step = ctx.call
+        found = Statistics(*ctx.saved_tensors[3:])
+        gradients = HeadGradients(head)
         dlogps_N, dentropy_N = upstream_vectors(dlogps_N, dentropy_N)
         with torch.autocast(head.device.type, enabled=False):
-            for _, tokens, hidden_CH, logits_CV in head.chunks([(0, num_rows)], tokens_K, chunk):
+            buffers = head.buffers(chunk_rows * head.vocabulary)
+            for run in pieces((0, num_rows), chunk_rows):
+                chunk = head.chunk(run, tokens_K, buffers)
                 row_step.dlogits_rows(
-                    logits_CV, logits_CV, tokens, ids_N, None, temperature, dlogps_N, dentropy_N
-                )
-                gradients.add(tokens, logits_CV, hidden_CH)
-        dweight = scaled(gradients.dweight_VH, None, weight.dtype)
-        dbias = None if bias is None else scaled(gradients.dbias_V, None, bias.dtype)
-        return gradients.dhidden, dweight, dbias, None, None, None, None, None, None
+                    chunk.logits_CV, chunk.dlogits_CV, chunk.tokens, ids_N, None, config, found,
+                    dlogps_N, dentropy_N,
+                )  # fmt: skip
+                gradients.add(chunk)
+        sums = (gradients.dhidden, gradients.dweight_VH, gradients.dbias_V)
+        found = [scaled(x, None, dtype) for x, dtype in zip(sums, ctx.dtypes, strict=True)]
+        return *found, *[None] * 7
+
+
+def _way(method: str, head: Head, grad_buffer: Tensor | None) -> str:
+    """Return which way to the gradients is taken; from shapes, types and total memory alone."""
+    rounds_each_chunk = grad_buffer is not None and grad_buffer.dtype != head.accumulator_dtype
+    if grad_buffer is not None and method == "single_pass" and rounds_each_chunk:
+        raise ValueError(
+            f"grad_buffer is {grad_buffer.dtype} and would be rounded after every chunk: make it "
+            f"{head.accumulator_dtype}, or use method='recompute'"
+        )
+    if method != "auto":
+        return method
+    why = "gradients in the forward pass"
+    if grad_buffer is not None and rounds_each_chunk:
+        method, why = "recompute", f"grad_buffer is {grad_buffer.dtype}"
+    elif head.device.type == "cuda" and head.needs_weight and grad_buffer is None:
+        accumulator = head.weight.numel() * head.accumulator_dtype.itemsize
+        total = torch.cuda.get_device_properties(head.device).total_memory
+        if accumulator > total // 8:
+            method = "recompute"
+            why = f"an fp32 gradient of the head takes {accumulator // MIB} of {total // MIB} MiB"
+    method = "single_pass" if method == "auto" else method
+    logger.debug("linear_grpo_loss: method %s (%s)", method, why)
+    return method
+
+
+def _check_grad_buffer(head: Head, grad_buffer: Tensor | None, grad_scale: float) -> None:
+    if grad_buffer is None:
+        if grad_scale != 1.0:
+            raise ValueError(f"grad_scale={grad_scale} belongs to grad_buffer, which was not given")
+        return
+    check_tensor(grad_buffer=grad_buffer)
+    if grad_buffer.shape != head.weight.shape or not grad_buffer.is_floating_point():
+        raise ValueError(
+            f"grad_buffer must be floating-point {tuple(head.weight.shape)} as weight is, got "
+            f"{tuple(grad_buffer.shape)} {grad_buffer.dtype}"
+        )
+    check_device(head.device, grad_buffer=grad_buffer)
+    if not math.isfinite(grad_scale):
+        raise ValueError(f"grad_scale must be a finite number, got {grad_scale}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _refuse_unbuilt(**asked_for: bool) -> None:
-    for name, asked in asked_for.items():
-        if asked:
-            raise NotImplementedError(f"{name} is not built yet: leave it at its default")

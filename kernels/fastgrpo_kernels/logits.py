@@ -11,8 +11,8 @@ from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import once_differentiable
 from ._backend import chunk_rows_for, row_backend, runs_eagerly
 from ._inputs import (
     ACTIVE,
@@ -23,7 +23,8 @@ from ._inputs import (
     upstream_vectors,
 )
 from ._layout import Layout, check_device, flat, same_tokens
-from ._reduce import RowResults, reduce_rows
+from ._reduce import RowResults, Statistics, reduce_rows
+from ._single_pass import linear_surrogate, needs_whole_sequences
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
 
@@ -58,7 +59,7 @@ def grpo_loss(
 
     Raises:
         ValueError: shapes, types, devices or values that do not fit; the message holds them.
-        NotImplementedError: an option that is not built yet, by name.
+        RuntimeError: in backward, if a second derivative is asked for (create_graph=True).
     """
     _check_logits(logits, completion_ids)
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -70,25 +71,22 @@ def grpo_loss(
         raise ValueError(
             "inplace=True would overwrite a leaf that requires its gradient: use inplace=False"
         )
-    rows = RowResults.zeros(
-        batch.ids_N.numel(), batch.ref_logps_N is not None, logits.device, dtype
-    )
-    write_now = inplace and wants_gradient
     with torch.no_grad():
-        _loss_rows(row_step, logits, logits if write_now else None, batch, rows, config)
+        call = _Call(logits, batch, config, row_step, wants_gradient, inplace)
         loss, metrics = reduce_rows(
-            rows,
+            call.rows,
             batch,
+            config,
             num_computed_rows=batch.num_tokens,
             num_gradient_rows=(batch.state_N == ACTIVE).sum() if wants_gradient else 0,
         )
-    if write_now:
+    if wants_gradient and inplace:
         # Autograd must notice if somebody else still needs the values that were here.
         torch.autograd.graph.increment_version(logits)
         loss = _WrittenGradient.apply(logits, loss, row_step)
     elif wants_gradient:
-        loss = _LossOfLogits.apply(logits, loss, batch, config, row_step)
-    shape = completion_ids.shape
+        loss = _LossOfLogits.apply(logits, loss, call)
+    shape, rows = completion_ids.shape, call.rows
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
 
 
@@ -110,8 +108,8 @@ def selective_logps(
         ids: the tokens.
         mask: tokens that count; None: all.
         temperature: divides the logits.
-        logit_scale: only 1 is built yet.
-        logit_softcap: only None is built yet.
+        logit_scale: multiplies the logits before softcap and temperature.
+        logit_softcap: cap c of c * tanh(logit / c); None: none.
         backend: "triton", "torch" or "auto".
 
     Returns:
@@ -119,15 +117,17 @@ def selective_logps(
 
     Raises:
         ValueError: shapes, types, devices or values that do not fit; the message holds them.
-        NotImplementedError: an option that is not built yet, by name.
+        RuntimeError: in backward, if a second derivative is asked for (create_graph=True).
     """
-    GRPOLossConfig(temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    config = GRPOLossConfig(
+        temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap
+    )
     _check_logits(logits, ids)
     check_device(logits.device, ids=ids, mask=mask)
     mask_N = flat_mask(Layout(ids), "mask", mask)
     check_ids(ids.reshape(-1), mask_N, logits.shape[-1])
     row_step = row_backend(backend, logits.device, logits.dtype)
-    logps_N, entropy_N = _SelectiveLogps.apply(logits, flat(ids), mask_N, temperature, row_step)  # pyright: ignore[reportGeneralTypeIssues]
+    logps_N, entropy_N = _SelectiveLogps.apply(logits, flat(ids), mask_N, config, row_step)  # pyright: ignore[reportGeneralTypeIssues]
     return logps_N.view(ids.shape), entropy_N.view(ids.shape)
 
 
@@ -157,65 +157,103 @@ class _LossOfLogits(torch.autograd.Function):
     """A loss whose gradient is written, upstream factor included, when it is asked for."""
 
     @staticmethod
-    def forward(ctx, logits, loss, batch, config, row_step):
+    def forward(ctx, logits, loss, call):
         ctx.save_for_backward(logits)
-        ctx.inputs = batch, config, row_step
+        ctx.call = call
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         (logits,) = ctx.saved_tensors
-        batch, config, row_step = ctx.inputs
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        rows = RowResults.zeros(
-            batch.ids_N.numel(), batch.ref_logps_N is not None, logits.device, upstream.dtype
-        )
-        _loss_rows(row_step, logits, gradient, batch, rows, config, upstream)
-        return gradient, None, None, None, None
+        ctx.call.write_gradient(logits, gradient, upstream)
+        return gradient, None, None
+
+
+class _Call:
+    """What a loss of logits found, and how it writes its gradient."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        batch: TokenBatch,
+        config: GRPOLossConfig,
+        row_step: ModuleType,
+        wants_gradient: bool,
+        inplace: bool,
+    ) -> None:
+        self.batch, self.config, self.row_step = batch, config, row_step
+        self.rows = rows = RowResults.zeros(batch, batch.advantages_N.dtype)
+        self.found = Statistics.beside(rows.logps_N, rows.entropy_N)
+        self.dlogps_N = torch.zeros_like(rows.logps_N) if wants_gradient else None
+        if needs_whole_sequences(batch, config) or (config.couples_rows and not inplace):
+            for first, logits_CV, _ in _pieces(logits, None, row_step):
+                row_step.statistics_rows(
+                    logits_CV, first, batch.ids_N, batch.mask_N, config, self.found
+                )
+            row_step.objective_rows(batch, rows, config, self.dlogps_N)
+            if wants_gradient and inplace:
+                self.write_gradient(logits, logits)
+            return
+        # One kernel: each row is read, and if allowed overwritten at once.
+        row_batch, row_config = batch, config
+        if config.couples_rows:
+            row_batch, row_config = linear_surrogate(batch, config, row_step)
+        written = logits if wants_gradient and inplace else None
+        scale = None if written is None else 1 / batch.denominator
+        kept = self.found if wants_gradient and not inplace else None
+        for first, logits_CV, dlogits_CV in _pieces(logits, written, row_step):
+            row_step.loss_rows(
+                logits_CV, dlogits_CV, first, row_batch, rows, row_config, scale, kept,
+                self.dlogps_N,
+            )  # fmt: skip
+        if config.couples_rows:
+            row_step.objective_rows(batch, rows, config, None)
+
+    def write_gradient(
+        self, logits: Tensor, gradient: Tensor, upstream: Tensor | None = None
+    ) -> None:
+        """Write the gradient of logits, over them if they are the same tensor."""
+        batch = self.batch
+        scale = (1 if upstream is None else upstream) / batch.denominator
+        weight_N = batch.entropy_weight_N
+        dentropy_N = None if weight_N is None else -weight_N
+        for first, logits_CV, dlogits_CV in _pieces(logits, gradient, self.row_step):
+            self.row_step.dlogits_rows(
+                logits_CV, dlogits_CV, first, batch.ids_N, batch.mask_N, self.config, self.found,
+                self.dlogps_N, dentropy_N, scale,
+            )  # fmt: skip
 
 
 class _SelectiveLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids_N, mask_N, temperature, row_step):
-        ctx.save_for_backward(logits, ids_N, mask_N)
-        ctx.options = temperature, row_step
-        ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
+    def forward(ctx, logits, ids_N, mask_N, config, row_step):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logps_N = torch.zeros(ids_N.shape, device=logits.device, dtype=dtype)
-        entropy_N = torch.zeros_like(logps_N)
+        found = Statistics.beside(logps_N, torch.zeros_like(logps_N))
         for first, logits_CV, _ in _pieces(logits, None, row_step):
-            row_step.logps_rows(logits_CV, first, ids_N, mask_N, temperature, logps_N, entropy_N)
-        return logps_N, entropy_N
+            row_step.statistics_rows(logits_CV, first, ids_N, mask_N, config, found)
+        ctx.save_for_backward(
+            logits, ids_N, mask_N, found.logps_N, found.entropy_N, found.largest_N, found.log_sum_N
+        )
+        ctx.options = config, row_step
+        ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
+        return found.logps_N, found.entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogps_N, dentropy_N):
-        logits, ids_N, mask_N = ctx.saved_tensors
-        temperature, row_step = ctx.options
+        logits, ids_N, mask_N, *found = ctx.saved_tensors
+        config, row_step = ctx.options
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dlogps_N, dentropy_N = upstream_vectors(dlogps_N, dentropy_N)
         for first, logits_CV, dlogits_CV in _pieces(logits, gradient, row_step):
             row_step.dlogits_rows(
-                logits_CV, dlogits_CV, first, ids_N, mask_N, temperature, dlogps_N, dentropy_N
-            )
+                logits_CV, dlogits_CV, first, ids_N, mask_N, config, Statistics(*found), dlogps_N,
+                dentropy_N,
+            )  # fmt: skip
         return gradient, None, None, None, None
-
-
-def _loss_rows(
-    row_step: ModuleType,
-    logits: Tensor,
-    dlogits: Tensor | None,
-    batch: TokenBatch,
-    rows: RowResults,
-    config: GRPOLossConfig,
-    upstream: Tensor | None = None,
-) -> None:
-    scale = None
-    if dlogits is not None:
-        scale = (1 if upstream is None else upstream) / batch.denominator
-    for first, logits_CV, dlogits_CV in _pieces(logits, dlogits, row_step):
-        row_step.loss_rows(logits_CV, dlogits_CV, first, batch, rows, config, scale)
 
 
 def _pieces(
@@ -239,6 +277,7 @@ def _pieces(
                 hidden_size=0,
                 vocabulary=vocabulary,
                 dtype=logits.dtype,
+                logits_dtype=logits.dtype,
                 device=logits.device,
                 backend=row_step,
                 with_weight_gradient=False,

@@ -93,6 +93,8 @@ def grpo_loss(
         completion_ids,
         mask=arguments.get("completion_mask"),
         temperature=config.temperature,
+        logit_scale=config.logit_scale,
+        logit_softcap=config.logit_softcap,
     )
     return policy_loss(logps, advantages, entropy=entropy, config=config, **arguments)
 

@@ -14,13 +14,13 @@ import fastgrpo_kernels
 
 PACKAGE = Path(fastgrpo_kernels.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = (  # DESIGN.md, the one direction of imports
-    {"config", "_objective", "_layout"},
-    {"_inputs", "_backend"},
-    {"_reduce"},
-    {"policy"},
-    {"reference", "_row", "_row_torch", "_head"},
-    {"_row_triton"},
+FLOORS = (
+    {"config", "_autograd", "_layout", "_sharding"},
+    {"_objective", "_inputs"},
+    {"_plan", "_reduce", "_backend", "_row"},
+    {"policy", "_kernels"},
+    {"reference", "_row_torch", "_sequence", "_head"},
+    {"_row_triton", "_single_pass", "_recompute"},
     {"logits", "linear"},
     {"__init__"},
 )
