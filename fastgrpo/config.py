@@ -231,5 +231,6 @@ _ABOVE_ZERO = ("temperature", "max_grad_norm", "num_train_epochs", "adam_epsilon
 LOSS_KEYS = tuple(
     f.name
     for f in dataclasses.fields(GRPOLossConfig)
-    if f.name not in ("temperature", "max_completion_length")
+    # The first two are keys of their own; the others are the model's business.
+    if f.name not in ("temperature", "max_completion_length", "logit_scale", "logit_softcap")
 )

@@ -88,7 +88,7 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
             **{key: arguments.pop(key) for key in loss if key in arguments},
             max_completion_length=arguments.get("max_completion_length", 1),
         )
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     return TrainConfig(**arguments, loss=loss_config)
 

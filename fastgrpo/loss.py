@@ -15,9 +15,7 @@ def batch_loss(
     policy: Policy,
     batch: Batch,
     config: GRPOLossConfig,
-    *,
-    num_items_in_batch: int,
-    num_sequences_in_batch: int,
+    step: Batch,
 ) -> GRPOLossOutput:
     """Return a micro-batch's share of the step's loss, with its graph.
 
@@ -25,9 +23,10 @@ def batch_loss(
         policy: the model being trained.
         batch: the micro-batch.
         config: the mathematics of the loss.
-        num_items_in_batch: counted tokens of the whole optimisation step.
-        num_sequences_in_batch: completions of the whole optimisation step.
+        step: the batch of the whole optimisation step, whose counts are the denominators.
     """
+    lengths = step.completion_lengths
+    counted = sum(length > 0 for length in lengths) if config.skip_empty_sequences else len(lengths)
     with policy.autocast():
         return linear_grpo_loss(
             _completion_states(policy, batch),
@@ -38,8 +37,10 @@ def batch_loss(
             completion_mask=batch.completion_mask,
             old_logps=batch.old_logps,
             ref_logps=batch.ref_logps,
-            num_items_in_batch=num_items_in_batch,
-            num_sequences_in_batch=num_sequences_in_batch,
+            num_items_in_batch=step.num_completion_tokens,
+            num_sequences_in_batch=counted,
+            # The entropy of bnpo is, as its loss, a mean of the micro-batch.
+            entropy_denominator=None if config.loss_type == "bnpo" else step.num_completion_tokens,
             config=config,
         )
 

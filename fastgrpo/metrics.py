@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo_kernels import GRPOLossConfig
+
 from .advantages import Advantages
 from .rollout import Completions
 
@@ -23,11 +25,20 @@ SUMMED = frozenset(
 )
 """Counts, and the loss, of which a micro-batch has a share: these are added up."""
 
-EXTREMES_OF = {
-    "clip_ratio/low_mean": "clip_ratio/low_min",
-    "clip_ratio/high_mean": "clip_ratio/high_max",
-}
-"""Means of which the smallest or largest micro-batch is reported too, under TRL's names."""
+CLIP_RATIOS = frozenset(
+    {
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "clip_ratio/region_mean",
+        "cispo_clip_ratio",
+    }
+)
+
+
+def sequence_means(config: GRPOLossConfig) -> frozenset[str]:
+    """Return the metrics of the loss that are means over sequences, not over tokens."""
+    by_sequence = config.importance_sampling_level == "sequence"
+    return (CLIP_RATIOS if by_sequence else frozenset()) | {"vespo/phi_seq_mean"}
 
 
 class StepMetrics:
@@ -38,7 +49,13 @@ class StepMetrics:
     `result`, so that adding costs no host synchronisation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sequence_means: frozenset[str] = frozenset()) -> None:
+        """Make an empty step.
+
+        Args:
+            sequence_means: names that are weighed by `num_sequences` of their micro-batch.
+        """
+        self._sequence_means = sequence_means
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._extremes: dict[str, Tensor] = {}
@@ -62,12 +79,13 @@ class StepMetrics:
             elif name.endswith(("min", "max")):
                 self._keep_extreme(name, value, weight)
             else:
+                own_weight = weight
+                if name in self._sequence_means:
+                    own_weight = _scalar(metrics["num_sequences"], device)
                 # A product with 0 would keep the NaN of an empty micro-batch.
-                share = torch.where(weight > 0, value * weight, 0.0)
+                share = torch.where(own_weight > 0, value * own_weight, 0.0)
                 self._accumulate(self._sums, name, share)
-                self._accumulate(self._weights, name, weight)
-                if name in EXTREMES_OF:
-                    self._keep_extreme(EXTREMES_OF[name], value, weight)
+                self._accumulate(self._weights, name, own_weight)
 
     def result(self) -> dict[str, float]:
         """Return the step's values; this is the one host synchronisation.

@@ -25,7 +25,7 @@ from .console import Console
 from .data import PromptSampler, check_prompts, encode_prompt
 from .evaluate import evaluate
 from .loss import batch_logps, batch_loss, sampling_difference
-from .metrics import StepMetrics, peak_memory_gib, rollout_metrics, timed
+from .metrics import StepMetrics, peak_memory_gib, rollout_metrics, sequence_means, timed
 from .model import Policy
 from .optim import build_optimizer, clip_gradients
 from .rewards import check_columns, decode_completions, load_rewards, score
@@ -207,7 +207,7 @@ class Trainer:
 
     def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
         """Take one optimisation step on a batch, a micro-batch at a time."""
-        totals = StepMetrics()
+        totals = StepMetrics(sequence_means(self.config.loss))
         with timed(times, "train"):
             self.policy.model.train()
             self.optimizer.zero_grad()  # also of what came before, a warm start for example
@@ -215,13 +215,7 @@ class Trainer:
             # The means of bnpo are those of micro-batches; all other losses are shares of the step.
             share = 1 / len(micros) if self.config.loss.loss_type == "bnpo" else 1.0
             for micro in micros:
-                output = batch_loss(
-                    self.policy,
-                    micro,
-                    self.config.loss,
-                    num_items_in_batch=batch.num_completion_tokens,
-                    num_sequences_in_batch=len(batch),
-                )
+                output = batch_loss(self.policy, micro, self.config.loss, step=batch)
                 loss = output.loss * share
                 loss.backward()
                 report = {"loss": loss, **sampling_difference(output.logps, micro)}

@@ -73,7 +73,10 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
         ({"max_completion_length": 0}, "max_completion_length"),
         ({"save_steps": -1}, "save_steps: must be 0 or more, got -1"),
         ({"loss_type": "gppo"}, "loss_type"),
-        ({"loss_type": "gmpo"}, "loss_type='gmpo' is not built yet"),
+        (
+            {"loss_type": "gmpo", "importance_sampling_level": "sequence"},
+            "importance_sampling_level='sequence' is not defined for loss_type='gmpo'",
+        ),
         ({"scale_rewards": "groups"}, "must be one of group, batch, none, got 'groups'"),
         ({"reward_funcs": "accuracy"}, "reward_funcs: must be a list, got 'accuracy'"),
         (

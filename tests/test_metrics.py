@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.metrics import MetricsWriter, StepMetrics, peak_memory_gib, read_metrics
+from fastgrpo.metrics import (
+    MetricsWriter,
+    StepMetrics,
+    peak_memory_gib,
+    read_metrics,
+    sequence_means,
+)
+from fastgrpo_kernels import GRPOLossConfig
 
 
 def test_means_are_weighted_and_counts_and_shares_summed() -> None:
@@ -28,18 +35,16 @@ def test_a_split_step_gives_the_metrics_of_the_whole() -> None:
     assert step.result()["entropy"] == pytest.approx(entropy_N.mean().item(), rel=1e-6)
 
 
-def test_clip_ratios_keep_the_extreme_micro_batch() -> None:
-    step = StepMetrics()
-    for low, high in ((0.3, 0.2), (0.1, 0.6), (0.2, 0.1)):
-        step.add({"clip_ratio/low_mean": low, "clip_ratio/high_mean": high}, weight=2)
-    assert step.result() == pytest.approx(
-        {
-            "clip_ratio/low_mean": 0.2,
-            "clip_ratio/high_mean": 0.3,
-            "clip_ratio/low_min": 0.1,
-            "clip_ratio/high_max": 0.6,
-        }
-    )
+def test_ratios_of_whole_sequences_are_weighed_by_sequences() -> None:
+    gspo = GRPOLossConfig(importance_sampling_level="sequence")
+    for config, expected in ((gspo, (1 * 0.5 + 3 * 0.1) / 4), (GRPOLossConfig(), 0.46)):
+        step = StepMetrics(sequence_means(config))
+        step.add({"clip_ratio/low_mean": 0.5, "entropy": 2.0, "num_sequences": 1}, weight=90)
+        step.add({"clip_ratio/low_mean": 0.1, "entropy": 4.0, "num_sequences": 3}, weight=10)
+        assert step.result() == pytest.approx(
+            {"clip_ratio/low_mean": expected, "entropy": 2.2, "num_sequences": 4}
+        )
+    assert sequence_means(GRPOLossConfig(loss_type="vespo")) == {"vespo/phi_seq_mean"}
 
 
 def test_names_that_end_in_min_or_max_are_extremes() -> None:
@@ -62,7 +67,7 @@ def test_an_empty_micro_batch_changes_nothing_but_a_nan_elsewhere_shows() -> Non
     step = StepMetrics()
     step.add({"entropy": 2.0, "clip_ratio/low_mean": 0.5}, weight=4)
     step.add({"entropy": math.nan, "clip_ratio/low_mean": math.nan}, weight=0)
-    assert step.result() == {"entropy": 2.0, "clip_ratio/low_mean": 0.5, "clip_ratio/low_min": 0.5}
+    assert step.result() == {"entropy": 2.0, "clip_ratio/low_mean": 0.5}
     step.add({"entropy": math.nan, "clip_ratio/low_mean": math.nan}, weight=1)
     assert all(math.isnan(value) for value in step.result().values())
 
@@ -95,7 +100,6 @@ def test_adding_does_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert step.result() == {
         "clip_ratio/low_mean": 0.5,
-        "clip_ratio/low_min": 0.5,
         "num_tokens": 6.0,
         "x": 1.0,
     }
