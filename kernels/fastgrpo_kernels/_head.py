@@ -242,6 +242,8 @@ def _as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> None:
+    if hasattr(hidden, "full_tensor"):
+        raise ValueError("hidden is a DTensor: pass the states of this rank's tokens (.to_local())")
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight must be (V, {hidden.shape[-1]}) for hidden states {tuple(hidden.shape)}, "

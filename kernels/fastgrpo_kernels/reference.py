@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._inputs import check_ids, flat_mask
 from ._layout import Layout
+from ._sharding import gathered
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 from .policy import policy_loss
 
@@ -89,7 +90,7 @@ def grpo_loss(
 ) -> GRPOLossOutput:
     """Return the loss and its metrics, differentiable to `logits`; see `LossArguments`."""
     logps, entropy = selective_logps(
-        logits.view(*completion_ids.shape, -1),
+        logits.reshape(*completion_ids.shape, logits.shape[-1]),
         completion_ids,
         mask=arguments.get("completion_mask"),
         temperature=config.temperature,
@@ -118,7 +119,8 @@ def linear_grpo_loss(
 def _logits(
     hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    hidden = hidden.view(*ids.shape, -1) if hidden.is_contiguous() else hidden
+    weight, bias = gathered(weight), gathered(bias)
+    hidden = hidden.reshape(*ids.shape, hidden.shape[-1])
     if mask is not None:
         # 0 times a NaN is a NaN: what stands behind the mask must not reach the weight's gradient.
         hidden = hidden.masked_fill(mask.view(ids.shape)[..., None] == 0, 0)
