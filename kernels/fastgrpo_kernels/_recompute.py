@@ -23,7 +23,7 @@ from ._plan import RowPlan, Run, pieces
 from ._reduce import RowResults, Statistics
 from .config import GRPOLossConfig
 
-TILE_BYTES = 96 * MIB
+TILE_BYTES = 88 * MIB
 """All that a tile needs: its logits, hidden states, slice of the head's gradient, temporaries."""
 
 
@@ -78,12 +78,13 @@ class Recompute:
             )
         if head.needs_bias:
             dbias_V = zeros(head.vocabulary)
+        buffers = head.buffers(self.shape[0] * self.shape[1])
         for columns in pieces((0, head.vocabulary), self.shape[1]):
             part = slice(*columns)
             dweight_SH = None
             if head.needs_weight:
                 dweight_SH = zeros(columns[1] - columns[0], head.hidden_size)
-            for run_C, tile in self._rows_of(run, columns):
+            for run_C, tile in self._rows_of(run, columns, buffers):
                 self.row_step.dlogits_rows(
                     tile.logits_CV, tile.dlogits_CV, tile.tokens, batch.ids_N, batch.mask_N,
                     self.config, self.found, self.dlogps_N, dentropy_N, mantissa, columns[0],
@@ -119,12 +120,14 @@ class Recompute:
         return dhidden
 
     def _tiles(self, run: Run) -> Iterator[tuple[Run, Chunk]]:
+        buffers = self.head.buffers(self.shape[0] * self.shape[1])
         for columns in pieces((0, self.head.vocabulary), self.shape[1]):
-            for _, tile in self._rows_of(run, columns):
+            for _, tile in self._rows_of(run, columns, buffers):
                 yield columns, tile
 
-    def _rows_of(self, run: Run, columns: Run) -> Iterator[tuple[Run, Chunk]]:
-        buffers = self.head.buffers(self.shape[0] * self.shape[1])
+    def _rows_of(
+        self, run: Run, columns: Run, buffers: tuple[Tensor, Tensor]
+    ) -> Iterator[tuple[Run, Chunk]]:
         for piece in pieces(run, self.shape[0]):
             yield piece, self.head.chunk(piece, self.plan.order_N, buffers, columns, self.kept_N)
 
@@ -134,15 +137,17 @@ def tile_shape(
 ) -> tuple[int, int]:
     """Return rows and columns of a tile such that all it needs stays within `TILE_BYTES`.
 
-    Rows are as many as leave room for 1,024 columns, since each pass over the rows re-reads them.
+    Rows are as many as leave room for 1,024 columns, since each pass over the rows re-reads them;
+    fewer columns where the hidden size is such that they would take more than half of the tile.
     """
     wide, narrow = head.accumulator_dtype.itemsize, head.dtype.itemsize
     per_logit = head.logits_dtype.itemsize + temporary_bytes * wide // 4
     per_logit += narrow if head.logits_dtype != head.dtype else 0
-    # Hidden states of the rows, and the converted ones that the CPU's products need.
-    per_row = head.hidden_size * (narrow + (wide if narrow < wide else 0))
+    # Hidden states of the rows, and beside them those of the tile before, if rows are gathered, or
+    # the converted ones that the CPU's products need.
+    per_row = head.hidden_size * (narrow + wide)
     per_column = head.hidden_size * (wide + (wide if narrow < wide else 0))
-    columns = min(head.vocabulary, 1024)
+    columns = min(head.vocabulary, 1024, TILE_BYTES // 2 // per_column)
     if chunk_rows is None:
         rows = (TILE_BYTES - columns * per_column) // (per_row + columns * per_logit)
         chunk_rows = max(1, min(rows, num_rows))
