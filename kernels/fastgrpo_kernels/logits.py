@@ -18,6 +18,7 @@ from ._inputs import (
     ACTIVE,
     TokenBatch,
     check_ids,
+    check_tensor,
     flat_mask,
     flatten,
     upstream_vectors,
@@ -295,6 +296,7 @@ def _pieces(
 
 
 def _check_logits(logits: Tensor, ids: Tensor) -> None:
+    check_tensor(logits=logits, ids=ids)
     if not same_tokens(logits.shape[:-1], ids.shape):
         raise ValueError(
             f"logits must be {(*ids.shape, 'V')} for ids {tuple(ids.shape)}, "

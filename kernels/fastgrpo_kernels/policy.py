@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ._inputs import ACTIVE, TokenBatch, flat_mask, flatten
+from ._inputs import ACTIVE, TokenBatch, check_tensor, flat_mask, flatten
 from ._layout import Layout, check_device
 from ._reduce import RowResults, reduce_rows
 from .config import LOG_MAX, LOG_MIN, MAX_EXPONENT, GRPOLossConfig, GRPOLossOutput, LossArguments
@@ -196,6 +196,7 @@ def policy_loss(
     Raises:
         ValueError: a shape, device or value does not fit.
     """
+    check_tensor(logps=logps)
     dtype = torch.promote_types(logps.dtype, torch.float32)
     batch = flatten(logps, advantages, logps.device, dtype, config=config, **arguments)
     if entropy is None and config.entropy_coef:
