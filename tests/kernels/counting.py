@@ -1,4 +1,4 @@
-"""What tests of costs count with: FLOPs, the bytes alive at the peak, and kernels that do nothing."""
+"""What tests of costs count with: FLOPs, bytes alive at the peak, kernels that do nothing."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -27,56 +26,6 @@ from fastgrpo_kernels import (
 )
 
 nan, inf = math.nan, math.inf
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("loss_type", "ppo"),
-        ("importance_sampling_level", "word"),
-        ("kl_estimator", "k4"),
-        ("cispo_bounds", "both"),
-        *((f, v) for f in ("epsilon_low", "epsilon_high", "beta") for v in (-0.1, nan, inf)),
-        ("epsilon_low", 1.5),
-        *(
-            (f, v)
-            for f in (
-                "temperature",
-                "logit_scale",
-                "sapo_temperature_pos",
-                "sapo_temperature_neg",
-                "vespo_k_pos",
-                "vespo_lambda_pos",
-                "vespo_k_neg",
-                "vespo_lambda_neg",
-                "gmpo_clip",
-            )
-            for v in (0, -1.0, nan, inf)
-        ),
-        ("entropy_coef", nan),
-        ("entropy_coef", inf),
-        ("delta", 1.2),
-        ("delta", nan),
-        ("logit_softcap", 0.0),
-        ("logit_softcap", nan),
-        ("max_completion_length", 0),
-    ],
-)
-def test_bad_values_of_the_config_name_field_and_value(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{field} must be .*got {re.escape(repr(value))}$"):
-        GRPOLossConfig(**{field: value})
-
-
-def test_dr_grpo_needs_its_constant() -> None:
-    with pytest.raises(ValueError, match=r"dr_grpo.* max_completion_length"):
-        GRPOLossConfig(loss_type="dr_grpo")
-
-
-def test_the_config_is_frozen_and_keyword_only() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        GRPOLossConfig().beta = 1.0  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(TypeError):
-        GRPOLossConfig("dapo")  # pyright: ignore[reportCallIssue]
 
 
 def inputs() -> dict[str, Any]:
@@ -107,6 +56,14 @@ def cu(*bounds: int) -> Tensor:
 
 PACKED = {"hidden": ones(6, 4), "completion_ids": ids(6)}
 ELSEWHERE = "meta"
+# Averaged over tokens, but their ratio is one of whole sequences.
+SEQUENCE_RATIOS: tuple[dict[str, Any], ...] = (
+    {"loss_type": "vespo"},
+    *(
+        {"loss_type": t, "importance_sampling_level": "sequence", "epsilon_high": 2.0}
+        for t in ("dapo", "bnpo", "cispo")
+    ),
+)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +90,33 @@ ELSEWHERE = "meta"
             "statistics='active' skips rows: it needs skip_rows=True",
         ),
         ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
-        ({"grad_scale": 0.5}, "grad_scale=0.5 belongs to grad_buffer"),
+        ({"chunk_rows": 0, "method": "recompute"}, "chunk_rows must be at least 1, got 0"),
+        ({"chunk_rows": -3, "method": "recompute"}, "chunk_rows must be at least 1, got -3"),
+        # the gradient buffer
+        (
+            {"grad_scale": 0.5},
+            "grad_scale=0.5 belongs to grad_buffer, which was not given",
+        ),
+        ({"grad_scale": nan}, "grad_scale=nan belongs to grad_buffer"),
+        *(
+            (
+                {"grad_buffer": ones(7, 4), "grad_scale": value},
+                f"grad_scale must be a finite number, got {value}",
+            )
+            for value in (nan, inf)
+        ),
+        (
+            {"grad_buffer": ones(7, 5)},
+            "grad_buffer must be floating-point (7, 4) as weight is, got (7, 5) torch.float32",
+        ),
+        (
+            {"grad_buffer": ids(7, 4)},
+            "grad_buffer must be floating-point (7, 4) as weight is, got (7, 4) torch.int64",
+        ),
+        (
+            {"grad_buffer": torch.ones(7, 4, device=ELSEWHERE)},
+            "grad_buffer is on meta, the rest is on",
+        ),
         ({"backend": "cuda"}, "backend must be 'auto', 'triton' or 'torch', got 'cuda'"),
         # tokens
         ({"completion_ids": ids(2, 3) - 1}, "holds -1 at token 0, outside [0, 7)"),
@@ -200,7 +183,14 @@ ELSEWHERE = "meta"
                 },
                 f"loss_type={t!r} averages over sequences: give cu_seqlens",
             )
-            for t in ("grpo", "dr_grpo")
+            for t in ("grpo", "dr_grpo", "luspo", "sapo", "gmpo")
+        ),
+        *(
+            (
+                {**PACKED, "advantages": ones(6), "config": GRPOLossConfig(**options)},
+                "the ratio is one of whole sequences: give cu_seqlens, or completion_ids as (B, T)",
+            )
+            for options in SEQUENCE_RATIOS
         ),
         # denominators
         *(
@@ -264,6 +254,26 @@ LOGITS = ones(2, 3, 7)
         ),
         (lambda: policy_loss(ones(2, 3, 4), ones(2)), "(B, T) or packed (N,), got (2, 3, 4)"),
         (
+            lambda: policy_loss(ones(2, 3), ones(2), config=GRPOLossConfig(entropy_coef=0.1)),
+            "entropy_coef=0.1 needs the entropies of the tokens",
+        ),
+        (
+            lambda: policy_loss(ones(2, 3), ones(2), entropy=torch.ones(2, 3, device=ELSEWHERE)),
+            "entropy is on meta, the rest is on",
+        ),
+        (
+            lambda: policy_loss(ones(6), ones(6), config=GRPOLossConfig(loss_type="vespo")),
+            "the ratio is one of whole sequences: give cu_seqlens",
+        ),
+        (
+            lambda: linear_logps(ones(2, 3, 4), ones(7, 4), ids(2, 3), logit_softcap=-1.0),
+            "logit_softcap must be a finite number above 0, or None for no cap, got -1.0",
+        ),
+        (
+            lambda: grpo_loss(LOGITS.clone().requires_grad_(), ids(2, 3), ones(2), inplace=True),
+            "inplace=True would overwrite a leaf that requires its gradient: use inplace=False",
+        ),
+        (
             lambda: policy_loss(ones(2, 3), ones(2), entropy=ones(2)),
             "entropy must have shape (2, 3), got (2,)",
         ),
@@ -301,80 +311,6 @@ def test_the_other_doors_refuse_as_well(function: Callable[[], object], message:
         function()
 
 
-# ---------------------------------------------------------------- sampler mismatch, by hand
-
-LOGPS = torch.tensor([[-1.0, -1.0, -1.0], [-2.0, -2.0, -2.0]], device=DEVICE)
-# differences: log 2, log 0.5, NaN = not known; log 4, log 4, masked
-SAMPLED = LOGPS - torch.tensor([[2.0, 0.5, nan], [4.0, 4.0, 1e9]], device=DEVICE).log()
-MASK = torch.tensor([[1, 1, 1], [1, 1, 0]], device=DEVICE)
-
-
-@pytest.mark.parametrize(
-    ("mode", "clip_min", "clip_max", "expected"),
-    [
-        ("token_truncate", 0.0, 3.0, [[2.0, 0.5, 1.0], [3.0, 3.0, 1.0]]),
-        ("token_truncate", 0.8, 1.5, [[1.5, 0.8, 1.0], [1.5, 1.5, 1.0]]),
-        ("token_mask", 0.8, 3.0, [[2.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
-        ("sequence_truncate", 0.0, 3.0, [[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]),
-        ("sequence_mask", 0.5, 20.0, [[1.0, 1.0, 1.0], [16.0, 16.0, 16.0]]),
-        ("sequence_mask", 0.5, 3.0, [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]),
-    ],
-)
-def test_importance_weights(
-    mode: Any, clip_min: float, clip_max: float, expected: list[list[float]]
-) -> None:
-    options: Any = {"mode": mode, "clip_min": clip_min, "clip_max": clip_max}
-    logps = LOGPS.clone().requires_grad_()
-    weights = importance_weights(logps, SAMPLED, completion_mask=MASK, **options)
-    torch.testing.assert_close(weights, torch.tensor(expected, device=DEVICE))
-    assert not weights.requires_grad and weights.dtype == torch.float32
-    if DEVICE == "cpu":  # a running sum in fp64 is not deterministic on a GPU, torch says
-        packed = importance_weights(
-            logps.view(-1),
-            SAMPLED.view(-1),
-            completion_mask=MASK.view(-1),
-            cu_seqlens=cu(0, 3, 6),
-            **options,
-        )
-        torch.testing.assert_close(packed, weights.view(-1))
-
-
-def test_importance_weights_of_policies_far_apart_stay_finite() -> None:
-    weights = importance_weights(ones(1) * 0, ones(1) * -1000, mode="token_mask", clip_max=1e30)
-    torch.testing.assert_close(weights.item(), math.exp(60), rtol=1e-6, atol=0)
-
-
-def test_off_policy_mask() -> None:
-    # Mean of sampled - lp over counted tokens: (-log 2 + log 2 + 0) / 3 = 0, and -log 4.
-    sampled = LOGPS + (LOGPS - SAMPLED)  # the other way round: 0, and +log 4 = 1.386
-    for advantages, threshold, expected in [
-        ([-1.0, -1.0], 1.3, [1.0, 0.0]),
-        ([-1.0, -1.0], 1.4, [1.0, 1.0]),
-        ([-1.0, 1.0], 1.3, [1.0, 1.0]),
-        ([-1.0, 0.0], 1.3, [1.0, 1.0]),
-        ([-1.0, -1.0], -0.1, [0.0, 0.0]),
-    ]:
-        keep = off_policy_mask(
-            LOGPS,
-            sampled,
-            torch.tensor(advantages, device=DEVICE),
-            threshold=threshold,
-            completion_mask=MASK,
-        )
-        assert keep.tolist() == expected
-    assert off_policy_mask(LOGPS, SAMPLED, -ones(2), threshold=0.1).tolist() == [1.0, 1.0]
-
-
-def test_top_entropy_mask() -> None:
-    entropy = torch.tensor([[0.1, 0.4, 9.0], [0.2, 0.3, 0.5]], device=DEVICE)
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]], device=DEVICE)
-    keep = top_entropy_mask(entropy, quantile=0.4, completion_mask=mask)
-    assert keep.tolist() == [[0, 1, 0], [0, 0, 1]]  # 0.34 is the 0.6 quantile of 0.1 ... 0.5
-    assert top_entropy_mask(entropy, quantile=1.0).sum() == 6
-    assert top_entropy_mask(entropy, quantile=0.01).tolist() == [[0, 0, 1], [0, 0, 0]]
-    assert top_entropy_mask(entropy, quantile=0.5, completion_mask=mask * 0).sum() == 0
-
-
 IDS = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
 
 
@@ -392,6 +328,24 @@ IDS = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
         (
             lambda: linear_grpo_loss(ones(2, 3, 4), torch.nn.Linear(4, 5), IDS, ones(2)),
             "weight must be a tensor, got Linear: pass its .weight",
+        ),
+        (
+            lambda: grpo_loss([1.0, 2.0], IDS, ones(2)),  # pyright: ignore[reportArgumentType]
+            "logits must be a tensor, got list",
+        ),
+        (
+            lambda: policy_loss([[1.0]], ones(1)),  # pyright: ignore[reportArgumentType]
+            "logps must be a tensor, got list",
+        ),
+        (
+            lambda: selective_logps(ones(2, 3, 5), [0, 1]),  # pyright: ignore[reportArgumentType]
+            "ids must be a tensor, got list",
+        ),
+        (
+            lambda: linear_grpo_loss(
+                ones(2, 3, 4), ones(5, 4), IDS, ones(2), grad_buffer=torch.nn.Linear(4, 5)
+            ),
+            "grad_buffer must be a tensor, got Linear: pass its .weight",
         ),
         (
             lambda: linear_grpo_loss(

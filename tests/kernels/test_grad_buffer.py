@@ -187,7 +187,7 @@ def test_a_buffer_that_rounds_each_chunk_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         head.loss(0, method="single_pass", grad_buffer=head.buffer)
     double = Head(torch.float64)
-    with pytest.raises(ValueError, match="is torch.float32 and .* make it torch.float64"):
+    with pytest.raises(ValueError, match=r"is torch\.float32 and .* make it torch.float64"):
         double.loss(0, method="single_pass", grad_buffer=double.buffer.float())
 
 
