@@ -156,7 +156,8 @@ def sequence_log_ratios(log_ratio_N: Tensor, batch: TokenBatch, config: GRPOLoss
     weight_N = weight_N.to(log_ratio_N.dtype)
     length_B = layout.sum_sequences(weight_N).clamp(min=1)
     mean_B = layout.sum_sequences(_counted(log_ratio_N, batch.mask_N) * weight_N) / length_B
-    return layout.spread(mean_B)
+    # In fp64, since the derivative of this is a sum over the tokens, one after the other.
+    return layout.spread(mean_B.double()).to(mean_B.dtype)
 
 
 def kl_divergence(ref_logps_N: Tensor, logps_N: Tensor, config: GRPOLossConfig) -> Tensor:
