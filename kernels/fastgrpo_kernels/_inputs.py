@@ -158,7 +158,10 @@ def flatten(
     )  # fmt: skip
     entropy_weight_N = None
     if config.entropy_coef:
-        bonus_N = counted_N.to(dtype) if entropy_mask_N is None else entropy_mask_N * counted_N
+        bonus_N = counted_N.to(dtype)
+        if entropy_mask_N is not None:
+            # Not a product: what stands behind the mask may be a NaN.
+            bonus_N = torch.where(counted_N, entropy_mask_N, 0)
         given = entropy_denominator is not None
         divisor = _at_least_one(entropy_denominator if given else bonus_N.sum(), device, dtype)
         entropy_weight_N = bonus_N * (config.entropy_coef * denominator / divisor)
