@@ -7,34 +7,55 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loss_cases import DEVICE, Case, Result, factors, linear_result, make_case
+from loss_cases import (
+    DEVICE,
+    Case,
+    Result,
+    assert_same,
+    factors,
+    linear_result,
+    logits_result,
+    make_case,
+)
+from loss_matrix import FAMILIES
 from torch import Tensor
 
-from fastgrpo_kernels import linear_grpo_loss
+from fastgrpo_kernels import grpo_loss, linear_grpo_loss, reference
 
 settings.register_profile("kernels", deadline=None, max_examples=15, derandomize=True)
 few = settings.get_profile("kernels")
 
-LOSS_TYPES = st.sampled_from(["dapo", "grpo", "dr_grpo", "bnpo"])
-
 
 @st.composite
-def cases(draw: st.DrawFn, loss_types: Any = LOSS_TYPES) -> Case:
+def cases(draw: st.DrawFn, families: Any = FAMILIES, **fixed: Any) -> Case:
+    """Random sizes, options and masks; `fixed` replaces an option that would be drawn."""
+    name, level = draw(st.sampled_from(families))
+    config: dict[str, Any] = {
+        "loss_type": name,
+        "importance_sampling_level": level,
+        "beta": draw(st.sampled_from([0.0, 0.2])),
+        "kl_estimator": draw(st.sampled_from(["k3", "k1", "k2"])),
+        "use_bias_correction_kl": draw(st.booleans()),
+        "delta": draw(st.sampled_from([None, 1.5])),
+        "cispo_bounds": "verl",
+        "temperature": draw(st.sampled_from([1.0, 0.7])),
+        "logit_scale": draw(st.sampled_from([1.0, 0.5])),
+        "logit_softcap": draw(st.sampled_from([None, 3.0])),
+        "entropy_coef": draw(st.sampled_from([0.0, 0.1])),
+        "skip_empty_sequences": draw(st.booleans()),
+    }
     case = make_case(
-        sequences=draw(st.integers(2, 5)),
-        length=draw(st.integers(1, 5)),
+        sequences=draw(st.integers(2, 4)),
+        length=draw(st.integers(1, 4)),
         hidden_size=4,
         vocabulary=draw(st.integers(2, 20)),
         seed=draw(st.integers(0, 1000)),
         off_policy=draw(st.booleans()),
         per_token=draw(st.booleans()),
         masked=False,
-        loss_type=draw(loss_types),
-        beta=draw(st.sampled_from([0.0, 0.2])),
-        delta=draw(st.sampled_from([None, 1.5])),
-        temperature=draw(st.sampled_from([1.0, 0.7])),
+        **config | fixed,
     )
     if draw(st.booleans()):
         case = factors(case)
@@ -44,6 +65,49 @@ def cases(draw: st.DrawFn, loss_types: Any = LOSS_TYPES) -> Case:
     dead = torch.rand(case.advantages.shape).to(DEVICE) < 0.2
     case.advantages.masked_fill_(dead, 0)
     return case.having(completion_mask=mask)
+
+
+@few
+@given(
+    cases(),
+    st.sampled_from(["single_pass", "recompute"]),
+    st.integers(1, 8),
+    st.booleans(),
+    st.sampled_from(["all", "active"]),
+)
+def test_is_the_reference_in_fp64(
+    case: Case, method: str, chunk_rows: int, skip_rows: bool, statistics: str
+) -> None:
+    expected = linear_result(reference.linear_grpo_loss, case)
+    statistics = statistics if skip_rows else "all"
+    ways = {"method": method, "chunk_rows": chunk_rows, "skip_rows": skip_rows}
+    options = {"backend": "torch", "statistics": statistics, **ways}
+    actual = linear_result(linear_grpo_loss, case, **options)
+    if statistics == "all":
+        assert_same(actual, expected, rtol=1e-8, atol=1e-10)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(actual.gradients[name], gradient, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(actual.output.loss, expected.output.loss, rtol=1e-8, atol=1e-10)
+    for inplace in (False, True):
+        actual = logits_result(grpo_loss, case, inplace=inplace, backend="torch")
+        expected = logits_result(reference.grpo_loss, case)
+        assert_same(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+@settings(few, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cases(), st.sampled_from(["single_pass", "recompute", "inplace", ""]), st.integers(1, 8))
+def test_is_the_reference_on_triton(
+    small_blocks: None, case: Case, path: str, chunk_rows: int
+) -> None:
+    case = case.to(torch.float32)
+    if path in ("single_pass", "recompute"):
+        options = {"backend": "triton", "method": path, "chunk_rows": chunk_rows}
+        actual = linear_result(linear_grpo_loss, case, **options)
+        expected = linear_result(reference.linear_grpo_loss, case.to(torch.float64))
+    else:
+        actual = logits_result(grpo_loss, case, inplace=bool(path), backend="triton")
+        expected = logits_result(reference.grpo_loss, case, logits=case.logits.double())
+    assert_same(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def run(case: Case, **options: Any) -> Result:
@@ -77,12 +141,17 @@ def same_loss_and_head(actual: Result, expected: Result) -> None:
 
 
 @few
-@given(cases(st.sampled_from(["dapo", "grpo", "dr_grpo"])), st.integers(1, 4))
+@given(
+    # bnpo is local by definition, and nobody knows how many sequences of other ranks are empty.
+    cases([f for f in FAMILIES if f[0] != "bnpo"], skip_empty_sequences=False),
+    st.integers(1, 4),
+)
 def test_a_step_may_be_cut_into_micro_batches(case: Case, cut: int) -> None:
     whole = run(case)
     step = {
         "num_items_in_batch": int(case.mask.sum()),
         "num_sequences_in_batch": torch.tensor(len(case.ids)),
+        "entropy_denominator": (case.arguments.get("entropy_mask", 1.0) * case.mask.float()).sum(),
     }
     cut = min(cut, len(case.ids) - 1)
     parts = [run(pick(case, part, **step)) for part in (slice(0, cut), slice(cut, None))]

@@ -108,3 +108,52 @@ def test_log_probs_of_logits_and_both_gradients(dtype: torch.dtype, backend: str
     factor = 1.5 * rounding_allowance(backend, dtype)
     for name, *values in zip(("logps", "entropy", "dlogits"), actual, naive, exact, strict=True):
         assert_as_exact(*values, factor=factor, what=name)
+
+
+CAPPED = {"logit_softcap": 3.0, "logit_scale": 0.5, "temperature": 0.7}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("what", ["logps", "entropy"])
+def test_scale_and_softcap(what: str, dtype: torch.dtype, backend: str) -> None:
+    """Each result alone: a gradient of one must not hide that of the other."""
+    case = make_case(vocabulary=21)
+    torch.manual_seed(1)
+    upstream = torch.randn(case.ids.shape, device=DEVICE)
+
+    def of_hidden(function: Any, case: Case, **options: Any) -> list[Tensor]:
+        names = ("hidden", "weight", "bias")
+        leaves = [getattr(case, n).detach().clone().requires_grad_() for n in names]
+        found = function(*leaves[:2], case.ids, bias=leaves[2], mask=case.mask, **CAPPED, **options)
+        value = found[what == "entropy"]
+        (value * upstream).sum().backward()
+        return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+    def of_logits(function: Any, logits: Tensor, **options: Any) -> list[Tensor]:
+        leaf = logits.detach().clone().requires_grad_()
+        value = function(leaf, case.ids, mask=case.mask, **CAPPED, **options)[what == "entropy"]
+        (value * upstream).sum().backward()
+        return [value.detach(), leaf.grad]
+
+    logits = case.logits.bfloat16().double()
+    results = [
+        of_hidden(reference.linear_logps, case) + of_logits(reference.selective_logps, logits),
+        of_hidden(reference.linear_logps, case.to(dtype))
+        + of_logits(reference.selective_logps, logits.to(dtype)),
+        of_hidden(linear_logps, case.to(dtype), backend=backend, chunk_rows=4)
+        + of_logits(selective_logps, logits.to(dtype), backend=backend),
+    ]
+    names = (what, "dhidden", "dweight", "dbias", what, "dlogits")
+    allowance = rounding_allowance(backend, dtype)
+    limits = {"factor": 1.5 * allowance, "units": 8.0}
+    for name, exact, naive, actual in zip(names, *results, strict=True):
+        stored = torch.finfo(dtype).eps if allowance > 1 and name[0] == "d" else 0.0
+        assert_as_exact(actual, naive, exact, what=name, stored=stored, **limits)
+    # And the reference is what the page says.
+    z = 3 * (0.5 * logits / 3).tanh() / 0.7
+    log_p = z.log_softmax(-1)
+    if what == "logps":
+        wanted = log_p.gather(-1, case.ids[..., None])[..., 0]
+    else:
+        wanted = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(results[0][4], wanted.masked_fill(~case.mask, 0))
