@@ -83,10 +83,12 @@ def loss_kernel(
             write_zeros(dlogits_ptr + i_row * dstride, V, BLOCK_V)
         return
     i_target = tl.load(ids_ptr + i_token)
+    # Read before the sweep: its reductions wait for all warps, so that none of them can write the
+    # gradient over the target's logit while another has yet to read it.
+    z_target = target_logit(p_row, i_target, V, logit_scale, softcap, inv_temperature)
     largest, rest, moment = sweep(
         p_row, i_target, V, logit_scale, softcap, inv_temperature, float("-inf"), 0.0, 0.0, BLOCK_V
     )
-    z_target = target_logit(p_row, i_target, V, logit_scale, softcap, inv_temperature)
     logp, entropy, base, log_sum = log_prob(largest, rest, moment, z_target)
 
     log_ratio = logp - logp
