@@ -106,7 +106,11 @@ def objective_rows(
         "TERM": term,
         "MEAN": config.loss_type != "vespo",
         "BLOCK_T": block,
+        "num_warps": _most_warps(),
     }
+    if not torch.version.hip:
+        # What 1,024 threads can have; left alone, ptxas takes fewer, and spills.
+        structure["maxnreg"] = 64
     with _device_of(batch.ids_N):
         objective_kernel[(programs,)](
             length=length,
@@ -236,9 +240,12 @@ def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
 def launch_options(vocabulary: int) -> dict[str, Any]:
     """Return block size and warps for a vocabulary; fixed, since tuning would move the rounding."""
     block = min(8192, triton.next_power_of_2(vocabulary))
-    # A program may have 1,024 threads; a warp of AMD's has 64 of them.
-    most_warps = 16 if torch.version.hip else 32
-    return {"BLOCK_V": block, "num_warps": max(1, min(most_warps, block // 256))}
+    return {"BLOCK_V": block, "num_warps": max(1, min(_most_warps(), block // 256))}
+
+
+def _most_warps() -> int:
+    """Return the warps of 1,024 threads, the most of a program; one of AMD's has 64 of them."""
+    return 16 if torch.version.hip else 32
 
 
 def _objective(batch: TokenBatch, rows: RowResults, config: GRPOLossConfig) -> dict[str, Any]:
