@@ -149,8 +149,11 @@ def _reports(
         return {"cispo_clip_ratio": mean(below_N + above_N)}
     metrics = _clip_ratios(mean(below_N), mean(above_N))
     if layout.num_sequences:
-        lowest = torch.where(some_B, fraction(below_N), 1).amin()
-        metrics["clip_ratio/low_min"] = torch.where(some_B.any(), lowest, 0)
+        # A ratio of an empty sequence is 1; of the tokens of one there is no fraction.
+        of_sequences = config.importance_sampling_level == "sequence" and all_counted
+        among_B = torch.ones_like(some_B) if of_sequences else some_B
+        lowest = torch.where(among_B, fraction(below_N), 1).amin()
+        metrics["clip_ratio/low_min"] = torch.where(among_B.any(), lowest, 0)
         metrics["clip_ratio/high_max"] = torch.where(some_B, fraction(above_N), 0).amax()
     return metrics
 

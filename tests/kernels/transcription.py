@@ -183,7 +183,7 @@ def report_metrics(reports: list[list[Any]], name: str, of_sequence: bool) -> di
     low, high = mean(-1), mean(1)
     if name == "cispo":
         return {"cispo_clip_ratio": low + high}
-    some = [bool(x) for x in reports]
+    some = [bool(x) or of_sequence for x in reports]
     lowest = [f for f, x in zip(fractions(-1), some, strict=True) if x]
     return {
         "clip_ratio/low_mean": low,
