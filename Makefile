@@ -1,15 +1,19 @@
-# `make demo` trains a small model from scratch; `make test` runs the tests. Both set up `.venv` first.
+# `make demo` trains a small model from scratch; `make test` runs the tests; `make peers` installs TRL
+# and Liger as well and runs the tests that hold us to them. All set up `.venv` first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test peers lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+peers: $(VENV)/.benchmarks
+	$(BIN)/python -m pytest -m peers
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -23,6 +27,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.benchmarks: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
 	touch $@
 
 clean:
