@@ -8,7 +8,8 @@ from . import reference
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 from .linear import linear_grpo_loss, linear_logps
 from .logits import grpo_loss, selective_logps
-from .policy import importance_weights, off_policy_mask, policy_loss, top_entropy_mask
+from .policy import policy_loss
+from .sampler import importance_weights, off_policy_mask, top_entropy_mask
 
 __all__ = [
     "GRPOLossConfig",

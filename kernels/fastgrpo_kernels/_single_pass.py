@@ -87,7 +87,7 @@ class SinglePass:
         self.dentropy_N = None if weight_N is None else -weight_N
         if not config.couples_rows:
             self._row_by_row(batch, config)
-        elif needs_whole_sequences(batch, config):
+        elif needs_whole_sequences(batch, config) or not head.wants_gradient:
             self._sequence_by_sequence()
         else:
             self._row_by_row(*linear_surrogate(batch, config, row_step))
