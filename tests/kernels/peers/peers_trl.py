@@ -135,7 +135,7 @@ def make_trainer(
             per_device_train_batch_size=2,
             num_generations=2,
             use_vllm=start_vllm,
-            **{"max_completion_length": 7, **options},
+            **{"max_completion_length": 9, **options},
         )
         trainer = trainer_class(
             _model_that_is_not_run() if model is None else model,

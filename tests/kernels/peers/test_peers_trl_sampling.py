@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -135,14 +134,19 @@ def test_one_entropy_of_nan_empties_the_mask_of_trl_and_leaves_ours_to_the_other
 
 
 @pytest.mark.parametrize("shape", [None, "token", "sequence"])
-@pytest.mark.parametrize("far", [0.0, 3.0, 30.0])
-def test_vespo_weights_are_the_gamma_weights_of_trl(shape: str | None, far: float) -> None:
-    """Also where the sum of the log-ratios, or one of them, is beyond its bounds."""
+@pytest.mark.parametrize("far", [0.0, 3.0, 30.0, (30.0, -19.0)], ids=str)
+def test_vespo_weights_are_the_gamma_weights_of_trl(
+    shape: str | None, far: float | tuple[float, float]
+) -> None:
+    """Also where the sum of the log-ratios, or that of one token alone, is beyond its bounds."""
     inputs = make_inputs(empty=False)
     assert inputs.old is not None
+    inputs.mask[:, 1] = 1
     direction = torch.tensor([1, -1, 1, -1, 1, -1], dtype=torch.float64)[:, None]
-    inputs = replace(inputs, old=inputs.old - far * direction)
-    assert inputs.old is not None
+    if isinstance(far, tuple):
+        inputs.old[:, :2] -= direction * torch.tensor(far)
+    else:
+        inputs.old -= direction * far
     ratio = None
     if shape is not None:
         width = 1 if shape == "sequence" else 7
