@@ -147,13 +147,17 @@ def tile_shape(
     # the converted ones that the CPU's products need.
     per_row = head.hidden_size * (narrow + wide)
     per_column = head.hidden_size * (wide + (wide if narrow < wide else 0))
-    columns = min(head.vocabulary, 1024, TILE_BYTES // 2 // per_column)
+    columns = _power_of_two(min(1024, TILE_BYTES // 2 // per_column))
     if chunk_rows is None:
         rows = (TILE_BYTES - columns * per_column) // (per_row + columns * per_logit)
         chunk_rows = max(1, min(rows, num_rows))
     columns = (TILE_BYTES - chunk_rows * per_row) // (per_column + chunk_rows * per_logit)
-    columns = max(min(16, head.vocabulary), min(columns - columns % 16, head.vocabulary))
-    return min(chunk_rows, max(num_rows, 1)), columns
+    return min(chunk_rows, max(num_rows, 1)), min(_power_of_two(columns), head.vocabulary)
+
+
+def _power_of_two(columns: int) -> int:
+    """Round down, to 16 at least: kernels are compiled for a width, and these are few."""
+    return max(16, 1 << (max(columns, 1).bit_length() - 1))
 
 
 class RecomputedGradients(torch.autograd.Function):

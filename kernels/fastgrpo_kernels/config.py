@@ -50,7 +50,8 @@ class GRPOLossConfig:
     epsilon_high: float = 0.2
     """The ratio is clipped above at 1 + epsilon_high (DAPO's clip-higher: 0.28)."""
     delta: float | None = None
-    """Upper bound of the ratio in the unclipped branch (INTELLECT-2); above 1 + epsilon_high."""
+    """Upper bound of the ratio in the unclipped branch of the clipped losses (INTELLECT-2); above
+    1 + epsilon_high. The others have no such branch."""
     beta: float = 0.0
     """Weight of the KL divergence to the reference policy; at 0 the reference is never read."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -99,7 +100,7 @@ class GRPOLossConfig:
             _check(self, field, _is_number(value) and value > 0, "a finite number above 0")
         _check(self, "epsilon_low", self.epsilon_low <= 1, "at most 1: ratios are never negative")
         _check(self, "entropy_coef", _is_number(self.entropy_coef), "a finite number")
-        if self.delta is not None:
+        if self.delta is not None and self.loss_type not in ("cispo", "sapo", "vespo", "gmpo"):
             bound = 1 + self.epsilon_high
             holds = _is_number(self.delta) and self.delta > bound
             _check(self, "delta", holds, f"a finite number above 1 + epsilon_high = {bound}")

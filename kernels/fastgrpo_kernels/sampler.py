@@ -31,10 +31,11 @@ def importance_weights(
 
     `truncate` clamps to [clip_min, clip_max] (TIS, fengyao.notion.site/off-policy-rl); `mask` sets
     what is outside to 0 (IcePop/MIS). `sequence` uses one ratio, that of all counted tokens of the
-    sequence together, at each of its tokens.
+    sequence together.
 
     Returns:
-        fp32, like `logps`, detached: an `importance_sampling_ratio`.
+        fp32, detached: an `importance_sampling_ratio`. Like `logps`; by sequence (B, 1), as TRL, or
+        (B,) where they are packed.
 
     Raises:
         ValueError: an unknown mode, bounds out of order or shapes that do not fit.
@@ -49,12 +50,14 @@ def importance_weights(
         logps, sampling_logps, completion_mask, cu_seqlens, by_sequence
     )
     if by_sequence:
-        difference_N = layout.per_token("difference", layout.sum_sequences(difference_N))
+        difference_N = layout.sum_sequences(difference_N)
     ratio_N = difference_N.clamp(max=MAX_EXPONENT).exp()
     if mode.endswith("truncate"):
         ratio_N = ratio_N.clamp(clip_min, clip_max)
     else:
         ratio_N = torch.where((ratio_N >= clip_min) & (ratio_N <= clip_max), ratio_N, 0)
+    if by_sequence:
+        return ratio_N if layout.packed else ratio_N[:, None]
     return ratio_N.view(logps.shape)
 
 

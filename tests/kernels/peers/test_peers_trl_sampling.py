@@ -81,11 +81,10 @@ def test_importance_weights_are_those_of_trl(
         clip_min=low,
         clip_max=high,
     )
-    assert its.shape == ((4, 1) if mode.startswith("sequence") else mine.shape)
+    assert its.shape == mine.shape == ((4, 1) if mode.startswith("sequence") else mask.shape)
     inside = ((its > low) & (its < high)).any()
     assert inside and its.max() <= high and (low == 0 or (its == low * mode.endswith("e")).any())
-    # Ours has one value per token in every mode.
-    assert_close(mine, its.expand_as(mine), tolerance=2e-7)
+    assert_close(mine, its, tolerance=2e-7)
 
 
 def test_our_default_is_truncation_by_token_and_that_of_trl_masking_by_sequence() -> None:
@@ -180,30 +179,26 @@ def test_vespo_weights_are_the_gamma_weights_of_trl(
     assert_close(out.metrics["vespo/phi_seq_mean"], its.mean())
 
 
-def test_trl_refuses_vespo_with_a_ratio_of_sequences_whose_value_ours_must_get_once() -> None:
-    """`importance_weights` repeats it at each token: VESPO would add it as often."""
+def test_trl_refuses_vespo_with_a_ratio_of_sequences_which_ours_adds_once() -> None:
     with pytest.raises(ValueError, match="VESPO loss requires"):
         make_trainer("vespo", start_vllm=True, vllm_importance_sampling_mode="sequence_mask")
     inputs = make_inputs(empty=False)
     assert inputs.old is not None
-    arguments: dict[str, Any] = {
-        "config": GRPOLossConfig(loss_type="vespo"),
-        "completion_mask": inputs.mask,
-        "old_logps": inputs.old,
-    }
-    sampler = inputs.old - 0.1
     weights = importance_weights(
-        inputs.old, sampler, completion_mask=inputs.mask, mode="sequence_truncate", clip_max=1.5
+        inputs.old, inputs.old - 0.1, completion_mask=inputs.mask, mode="sequence_truncate"
     )
+    arguments: dict[str, Any] = {"completion_mask": inputs.mask, "old_logps": inputs.old}
+    config = GRPOLossConfig(loss_type="vespo")
     once = policy_loss(
-        inputs.logps, inputs.advantages, importance_sampling_ratio=weights[:, :1], **arguments
-    )
-    often = policy_loss(
-        inputs.logps, inputs.advantages, importance_sampling_ratio=weights, **arguments
-    )
-    powers = weights[:, :1] ** inputs.mask.sum(1, keepdim=True)
-    as_often = policy_loss(
-        inputs.logps, inputs.advantages, importance_sampling_ratio=powers, **arguments
-    )
-    assert_close(often.loss, as_often.loss, tolerance=1e-6)
-    assert (often.loss - once.loss).abs() > 0.01
+        inputs.logps, inputs.advantages, importance_sampling_ratio=weights, config=config,
+        **arguments,
+    )  # fmt: skip
+    # Once for the sequence is the same as a share of it for each of its tokens.
+    shares = weights ** (1 / inputs.mask.sum(1, keepdim=True))
+    shared = policy_loss(
+        inputs.logps, inputs.advantages, importance_sampling_ratio=shares.expand_as(inputs.mask),
+        config=config, **arguments,
+    )  # fmt: skip
+    assert_close(once.loss, shared.loss, tolerance=1e-6)
+    without = policy_loss(inputs.logps, inputs.advantages, config=config, **arguments)
+    assert (once.loss - without.loss).abs() > 0.01
