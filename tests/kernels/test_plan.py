@@ -135,11 +135,13 @@ def test_tiles_fill_their_budget_with_neither_side_too_small(
     )
     rows, columns = tile_shape(head, 32_768, None, temporary_bytes)
     # A product of fewer rows or columns is bound by memory.
-    assert rows >= 256 and columns >= 256 and columns % 16 == 0
+    assert rows >= 256 and columns >= 256 and columns & (columns - 1) == 0
     logits = rows * columns * (dtype.itemsize + temporary_bytes)
     hidden_rows = rows * hidden_size * (dtype.itemsize + 4)
     slices = columns * hidden_size * (8 if dtype == torch.bfloat16 else 4)
-    assert 0.9 * TILE_BYTES < logits + hidden_rows + slices <= TILE_BYTES
+    # Where all rows fit, columns are rounded down to a power of two.
+    least = 0.9 if rows < 32_768 else 0.5
+    assert least * TILE_BYTES < logits + hidden_rows + slices <= TILE_BYTES
     assert tile_shape(head, 100, None, temporary_bytes)[0] == 100
     assert tile_shape(head, 32_768, 300, temporary_bytes)[0] == 300
     assert tile_shape(head, 0, None, temporary_bytes)[0] == 1
