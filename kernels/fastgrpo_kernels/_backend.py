@@ -5,20 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, TypeVar, cast
 
 import torch
 
 MIB = 2**20
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def runs_eagerly(function: _Function) -> _Function:
-    """Make a function a break in compiled graphs: the chunk loop gains nothing from tracing."""
-    return cast(_Function, torch.compiler.disable(function))
 
 
 def row_backend(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

@@ -150,6 +150,10 @@ class HeadGradients:
         self.dweight_VH = zeros(*head.weight.shape) if own_sum else None
         self.dbias_V = zeros(head.vocabulary) if head.needs_bias else None
 
+    def tensors(self) -> list[Tensor]:
+        """Return those that exist."""
+        return [x for x in (self.dhidden, self.dweight_VH, self.dbias_V) if x is not None]
+
     def add(self, chunk: Chunk) -> None:
         """Add what the gradient of a chunk's logits gives."""
         if self.dhidden is not None:

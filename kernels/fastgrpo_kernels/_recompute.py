@@ -40,23 +40,28 @@ class Recompute:
         row_step: ModuleType,
         grad_buffer: Tensor | None = None,
         grad_scale: float = 1.0,
+        known: Statistics | None = None,
     ) -> None:
         self.head, self.batch, self.plan, self.config = head, batch, plan, config
         self.row_step, self.grad_buffer, self.grad_scale = row_step, grad_buffer, grad_scale
         self.shape = tile_shape(head, plan.num_computed, chunk_rows, row_step.TEMPORARY_BYTES)
         self.kept_N = None if plan.skips else batch.mask_N
         self.rows = RowResults.zeros(batch, head.accumulator_dtype)
-        self.found = Statistics.beside(self.rows.logps_N, self.rows.entropy_N, in_parts=True)
-        for columns, tile in self._tiles((0, plan.num_computed)):
-            row_step.statistics_rows(
-                tile.logits_CV, tile.tokens, batch.ids_N, batch.mask_N, config, self.found,
-                columns[0], columns[1] == head.vocabulary,
-            )  # fmt: skip
-        self.found = Statistics(
-            self.found.logps_N, self.found.entropy_N, self.found.largest_N, self.found.log_sum_N
-        )
+        self.found = self._statistics() if known is None else known
+        self.rows.logps_N, self.rows.entropy_N = self.found.logps_N, self.found.entropy_N
         self.dlogps_N = torch.zeros_like(self.rows.logps_N) if head.wants_gradient else None
         row_step.objective_rows(batch, self.rows, config, self.dlogps_N)
+
+    def _statistics(self) -> Statistics:
+        """Know the log-probs: the forward pass, unless a graph has kept what was found in it."""
+        batch = self.batch
+        found = Statistics.beside(self.rows.logps_N, self.rows.entropy_N, in_parts=True)
+        for columns, tile in self._tiles((0, self.plan.num_computed)):
+            self.row_step.statistics_rows(
+                tile.logits_CV, tile.tokens, batch.ids_N, batch.mask_N, self.config, found,
+                columns[0], columns[1] == self.head.vocabulary,
+            )  # fmt: skip
+        return Statistics(*found.tensors())
 
     def gradients(self, upstream: Tensor, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
         """Return the gradients of hidden states, weight and bias in the given types."""

@@ -38,6 +38,10 @@ class Statistics:
             found.target_N = torch.full_like(logps_N, torch.nan)
         return found
 
+    def tensors(self) -> list[Tensor]:
+        """Return what remains when all columns were seen."""
+        return [self.logps_N, self.entropy_N, self.largest_N, self.log_sum_N]
+
 
 @dataclass
 class RowResults:
@@ -107,7 +111,7 @@ def reduce_rows(
     if batch.num_sequences is not None:
         metrics["num_sequences"] = batch.num_sequences
     if config.entropy_coef:
-        metrics["entropy_coef"] = torch.full((), float(config.entropy_coef), device=device)
+        metrics["entropy_coef"] = torch.full_like(loss, config.entropy_coef)
     return loss, metrics | _reports(rows.report_N, batch, config, count, mean_over is None)
 
 
@@ -164,3 +168,21 @@ def _clip_ratios(low: Tensor, high: Tensor) -> dict[str, Tensor]:
         "clip_ratio/high_mean": high,
         "clip_ratio/region_mean": low + high,
     }
+
+
+def metric_names(
+    loss_type: str, *, with_kl: bool, with_entropy_bonus: bool, num_sequences: int | None
+) -> list[str]:
+    """Return the names of the metrics of `reduce_rows`, for a graph that must know them before."""
+    names = ["policy_loss", "entropy", "num_tokens", "num_computed_rows", "num_gradient_rows"]
+    names += ["kl"] if with_kl else []
+    names += [] if num_sequences is None else ["num_sequences"]
+    names += ["entropy_coef"] if with_entropy_bonus else []
+    if loss_type == "sapo":
+        return names
+    if loss_type == "cispo":
+        return [*names, "cispo_clip_ratio"]
+    if loss_type == "vespo":
+        return [*names, "vespo/phi_seq_mean"]
+    names += ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
+    return [*names, "clip_ratio/low_min", "clip_ratio/high_max"] if num_sequences else names

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ._autograd import once_differentiable
-from ._backend import MIB, check_chunk_rows, row_backend, runs_eagerly
+from ._backend import MIB, check_chunk_rows, row_backend
+from ._compiled import Expected, Memo, opaque_when_compiled
 from ._head import Head, HeadGradients, scaled
 from ._inputs import (
     ACTIVE,
@@ -37,8 +38,25 @@ from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 logger = logging.getLogger(__package__)
 
 
-@runs_eagerly
-def linear_grpo_loss(
+def _expect_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    method: str,
+    **_: object,
+) -> Expected:
+    head = Head(hidden, weight, bias, completion_ids)
+    if not head.wants_gradient or _way(method, head, None) == "recompute":
+        return Expected(head.accumulator_dtype)
+    factor = hidden.new_empty((), dtype=head.accumulator_dtype)
+    return Expected(head.accumulator_dtype, [factor, *HeadGradients(head).tensors()])
+
+
+@opaque_when_compiled(_expect_loss)
+def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
+    memo: Memo,
     hidden: Tensor,  # (B, T, H) or packed (N, H)
     weight: Tensor,  # (V, H)
     completion_ids: Tensor,  # (B, T) or (N,) int64
@@ -90,6 +108,7 @@ def linear_grpo_loss(
             rounded after every chunk. With "recompute" it is added in backward, times the upstream
             gradient, and may be of any type. Hooks on the weight do not see it. The gradient of a
             tied embedding still goes through autograd: with `grad_buffer=weight.grad` both meet.
+            A graph of `torch.compile` breaks here, or with fullgraph=True says so.
         grad_scale: multiplies what is added to `grad_buffer`, and nothing else.
         backend: "triton", "torch" or "auto": Triton on a GPU.
         config: the mathematics.
@@ -145,8 +164,9 @@ def linear_grpo_loss(
         else:
             check_chunk_rows(chunk_rows)
             call = Recompute(
-                head, seen, plan, config, chunk_rows, row_step, grad_buffer, grad_scale
-            )
+                head, seen, plan, config, chunk_rows, row_step, grad_buffer, grad_scale,
+                memo.statistics,
+            )  # fmt: skip
         rows = call.rows
         loss, metrics = reduce_rows(
             rows,
@@ -158,18 +178,28 @@ def linear_grpo_loss(
         )
         if only_active:
             skipped_N = (batch.state_N == COUNTED).to(head.device)
-            rows.logps_N.masked_fill_(skipped_N, torch.nan)
-            rows.entropy_N.masked_fill_(skipped_N, torch.nan)
-    if head.wants_gradient and isinstance(call, SinglePass):
-        loss = KnownGradients.apply(loss, *head.leaves, call.power, call.gradients)
-    elif head.wants_gradient:
-        loss = RecomputedGradients.apply(loss, *head.leaves, call)
+            rows.logps_N = rows.logps_N.masked_fill(skipped_N, torch.nan)
+            rows.entropy_N = rows.entropy_N.masked_fill(skipped_N, torch.nan)
+    if head.wants_gradient:
+        if isinstance(call, SinglePass):
+            memo.gradients = [call.power, *call.gradients.tensors()]
+            loss = KnownGradients.apply(loss, *head.leaves, call.power, call.gradients)
+        else:
+            memo.statistics = call.found
+            loss = RecomputedGradients.apply(loss, *head.leaves, call)
     shape = completion_ids.shape
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
 
 
-@runs_eagerly
-def linear_logps(
+def _expect_logps(
+    hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, **_: object
+) -> Expected:
+    return Expected(Head(hidden, weight, bias, ids).accumulator_dtype)
+
+
+@opaque_when_compiled(_expect_logps)
+def linear_logps(  # noqa: D417 - the memo is not the caller's
+    memo: Memo,
     hidden: Tensor,  # (B, T, H) or packed (N, H)
     weight: Tensor,  # (V, H)
     ids: Tensor,  # (B, T) or (N,) int64
@@ -227,6 +257,7 @@ def linear_logps(
         config,
         head.chunk_rows(chunk_rows, num_rows, row_step),
         row_step,
+        memo,
     )  # pyright: ignore[reportGeneralTypeIssues]
     return logps_N.view(ids.shape), entropy_N.view(ids.shape)
 
@@ -234,19 +265,24 @@ def linear_logps(
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step
-    ):
-        logps_N = torch.zeros(ids_N.shape, device=head.device, dtype=head.accumulator_dtype)
-        found = Statistics.beside(logps_N, torch.zeros_like(logps_N))
-        with torch.autocast(head.device.type, enabled=False):
-            buffers = head.buffers(chunk_rows * head.vocabulary)
-            for run in pieces((0, num_rows), chunk_rows):
-                chunk = head.chunk(run, tokens_K, buffers)
-                row_step.statistics_rows(chunk.logits_CV, chunk.tokens, ids_N, None, config, found)
+        ctx, hidden, weight, bias, head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step,
+        memo,
+    ):  # fmt: skip
+        found = memo.statistics
+        if found is None:
+            logps_N = torch.zeros(ids_N.shape, device=head.device, dtype=head.accumulator_dtype)
+            found = memo.statistics = Statistics.beside(logps_N, torch.zeros_like(logps_N))
+            with torch.autocast(head.device.type, enabled=False):
+                buffers = head.buffers(chunk_rows * head.vocabulary)
+                for run in pieces((0, num_rows), chunk_rows):
+                    chunk = head.chunk(run, tokens_K, buffers)
+                    row_step.statistics_rows(
+                        chunk.logits_CV, chunk.tokens, ids_N, None, config, found
+                    )
         # Saved though `head` has them: autograd then notices if somebody overwrites them.
         ctx.save_for_backward(
             head.hidden, head.weight, head.bias,
-            found.logps_N, found.entropy_N, found.largest_N, found.log_sum_N,
+            *found.tensors(),
         )  # fmt: skip
         ctx.call = head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -271,7 +307,7 @@ class _LinearLogps(torch.autograd.Function):
                 gradients.add(chunk)
         sums = (gradients.dhidden, gradients.dweight_VH, gradients.dbias_V)
         found = [scaled(x, None, dtype) for x, dtype in zip(sums, ctx.dtypes, strict=True)]
-        return *found, *[None] * 7
+        return *found, *[None] * 8
 
 
 def _way(method: str, head: Head, grad_buffer: Tensor | None) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ._autograd import once_differentiable
-from ._backend import chunk_rows_for, row_backend, runs_eagerly
+from ._backend import chunk_rows_for, row_backend
+from ._compiled import Expected, Memo, opaque_when_compiled
 from ._inputs import (
     ACTIVE,
     TokenBatch,
@@ -29,8 +30,13 @@ from ._single_pass import linear_surrogate, needs_whole_sequences
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
 
 
-@runs_eagerly
-def grpo_loss(
+def _expect(logits: Tensor, **_: object) -> Expected:
+    return Expected(torch.promote_types(logits.dtype, torch.float32))
+
+
+@opaque_when_compiled(_expect)
+def grpo_loss(  # noqa: D417 - the memo is not the caller's
+    memo: Memo,
     logits: Tensor,  # (B, T, V) or (N, V)
     completion_ids: Tensor,  # (B, T) or (N,) int64
     advantages: Tensor,  # (B,) one a sequence, or (B, T) / (N,) one a token
@@ -50,7 +56,7 @@ def grpo_loss(
         advantages: may be on the CPU.
         inplace: overwrite `logits` with their gradient in the forward pass: one read and one write
             in all, no second tensor. The logits are gone, and backward can run once. False: the
-            gradient is a new tensor, written in backward.
+            gradient is a new tensor, written in backward, as always under `torch.compile`.
         backend: "triton", "torch" or "auto": Triton on a GPU.
         config: the mathematics.
         **arguments: mask, log-probs, denominators: as in `linear_grpo_loss`.
@@ -73,7 +79,8 @@ def grpo_loss(
             "inplace=True would overwrite a leaf that requires its gradient: use inplace=False"
         )
     with torch.no_grad():
-        call = _Call(logits, batch, config, row_step, wants_gradient, inplace)
+        call = _Call(logits, batch, config, row_step, wants_gradient, inplace, memo.statistics)
+        memo.statistics = call.found
         loss, metrics = reduce_rows(
             call.rows,
             batch,
@@ -91,8 +98,9 @@ def grpo_loss(
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
 
 
-@runs_eagerly
-def selective_logps(
+@opaque_when_compiled(_expect)
+def selective_logps(  # noqa: D417 - the memo is not the caller's
+    memo: Memo,
     logits: Tensor,  # (B, T, V) or (N, V)
     ids: Tensor,  # (B, T) or (N,) int64
     *,
@@ -128,7 +136,7 @@ def selective_logps(
     mask_N = flat_mask(Layout(ids), "mask", mask)
     check_ids(ids.reshape(-1), mask_N, logits.shape[-1])
     row_step = row_backend(backend, logits.device, logits.dtype)
-    logps_N, entropy_N = _SelectiveLogps.apply(logits, flat(ids), mask_N, config, row_step)  # pyright: ignore[reportGeneralTypeIssues]
+    logps_N, entropy_N = _SelectiveLogps.apply(logits, flat(ids), mask_N, config, row_step, memo)  # pyright: ignore[reportGeneralTypeIssues]
     return logps_N.view(ids.shape), entropy_N.view(ids.shape)
 
 
@@ -183,11 +191,17 @@ class _Call:
         row_step: ModuleType,
         wants_gradient: bool,
         inplace: bool,
+        known: Statistics | None = None,
     ) -> None:
         self.batch, self.config, self.row_step = batch, config, row_step
         self.rows = rows = RowResults.zeros(batch, batch.advantages_N.dtype)
         self.found = Statistics.beside(rows.logps_N, rows.entropy_N)
         self.dlogps_N = torch.zeros_like(rows.logps_N) if wants_gradient else None
+        if known is not None:
+            self.found = known
+            rows.logps_N, rows.entropy_N = known.logps_N, known.entropy_N
+            row_step.objective_rows(batch, rows, config, self.dlogps_N)
+            return
         if needs_whole_sequences(batch, config) or (config.couples_rows and not inplace):
             for first, logits_CV, _ in _pieces(logits, None, row_step):
                 row_step.statistics_rows(
@@ -229,15 +243,15 @@ class _Call:
 
 class _SelectiveLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids_N, mask_N, config, row_step):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        logps_N = torch.zeros(ids_N.shape, device=logits.device, dtype=dtype)
-        found = Statistics.beside(logps_N, torch.zeros_like(logps_N))
-        for first, logits_CV, _ in _pieces(logits, None, row_step):
-            row_step.statistics_rows(logits_CV, first, ids_N, mask_N, config, found)
-        ctx.save_for_backward(
-            logits, ids_N, mask_N, found.logps_N, found.entropy_N, found.largest_N, found.log_sum_N
-        )
+    def forward(ctx, logits, ids_N, mask_N, config, row_step, memo):
+        found = memo.statistics
+        if found is None:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            logps_N = torch.zeros(ids_N.shape, device=logits.device, dtype=dtype)
+            found = memo.statistics = Statistics.beside(logps_N, torch.zeros_like(logps_N))
+            for first, logits_CV, _ in _pieces(logits, None, row_step):
+                row_step.statistics_rows(logits_CV, first, ids_N, mask_N, config, found)
+        ctx.save_for_backward(logits, ids_N, mask_N, *found.tensors())
         ctx.options = config, row_step
         ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
         return found.logps_N, found.entropy_N
@@ -254,7 +268,7 @@ class _SelectiveLogps(torch.autograd.Function):
                 logits_CV, dlogits_CV, first, ids_N, mask_N, config, Statistics(*found), dlogps_N,
                 dentropy_N,
             )  # fmt: skip
-        return gradient, None, None, None, None
+        return gradient, *[None] * 5
 
 
 def _pieces(

@@ -18,7 +18,7 @@ FLOORS = (
     {"config", "_autograd", "_layout", "_sharding"},
     {"_objective", "_inputs"},
     {"_plan", "_reduce", "_backend", "_row"},
-    {"policy", "sampler", "_kernels"},
+    {"policy", "sampler", "_kernels", "_compiled"},
     {"reference", "_row_torch", "_sequence", "_head"},
     {"_row_triton", "_single_pass", "_recompute"},
     {"logits", "linear"},
