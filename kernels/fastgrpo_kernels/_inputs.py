@@ -52,6 +52,10 @@ class TokenBatch:
         vectors = {name: value for name, value in vars(self).items() if name.endswith("_N")}
         return replace(self, **{n: None if x is None else x[pick] for n, x in vectors.items()})
 
+    def active_only(self) -> TokenBatch:
+        """Return the batch with inactive rows masked; its denominators still know them."""
+        return replace(self, mask_N=(self.state_N == ACTIVE).to(self.ids_N.device))
+
     def sequences(self, first: int, last: int) -> tuple[TokenBatch, slice]:
         """Return the batch of some consecutive sequences, and which tokens theirs are."""
         pick = slice(*self.layout.tokens_of(first, last))
@@ -229,6 +233,19 @@ def check_tensor(**tensors: object) -> None:
         if not isinstance(tensor, Tensor):
             remedy = ": pass its .weight" if isinstance(tensor, torch.nn.Module) else ""
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{remedy}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of those known."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_statistics(statistics: str, skip_rows: bool) -> None:
+    """Refuse to skip rows and not to skip them."""
+    check_choice("statistics", statistics, ("all", "active"))
+    if statistics == "active" and not skip_rows:
+        raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
 
 
 def check_number(**numbers: Number | None) -> None:

@@ -5,12 +5,12 @@ B sequences, N tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ._inputs import TokenBatch
+from ._inputs import COUNTED, TokenBatch
 from .config import GRPOLossConfig
 
 
@@ -63,6 +63,14 @@ class RowResults:
 
         kl_N = None if batch.ref_logps_N is None else zeros()
         return cls(zeros(), zeros(), zeros(), zeros(), kl_N, zeros())
+
+    def without_skipped(self, batch: TokenBatch) -> RowResults:
+        """Return NaN as log-probs and entropies of rows that count and were not computed."""
+        skipped_N = (batch.state_N == COUNTED).to(self.logps_N.device)
+        logps_N = self.logps_N.masked_fill(skipped_N, torch.nan)
+        return replace(
+            self, logps_N=logps_N, entropy_N=self.entropy_N.masked_fill(skipped_N, torch.nan)
+        )
 
 
 def reduce_rows(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from typing import Literal, Unpack
 
 import torch
@@ -20,9 +19,9 @@ from ._backend import MIB, check_chunk_rows, row_backend
 from ._compiled import Expected, Memo, opaque_when_compiled
 from ._head import Head, HeadGradients, scaled
 from ._inputs import (
-    ACTIVE,
-    COUNTED,
+    check_choice,
     check_ids,
+    check_statistics,
     check_tensor,
     flat_mask,
     flatten,
@@ -120,9 +119,10 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
             ref_logps: like completion_ids, fp32: log-probs of the reference, for beta > 0.
             importance_sampling_ratio, policy_weight, entropy_mask: like completion_ids, the first
                 two also (B,) or (B, 1): multiply the policy term, not the KL.
-            num_items_in_batch: counted tokens of the whole optimisation step, for `dapo`.
-            num_sequences_in_batch: sequences of the whole step, for `grpo` and `dr_grpo`.
-            entropy_denominator: of the entropy bonus.
+            num_items_in_batch: counted tokens of the whole optimisation step, for `dapo`, `cispo`
+                and `vespo`.
+            num_sequences_in_batch: sequences of the whole step, for the other losses but `bnpo`.
+            entropy_denominator: of the entropy bonus, over the whole step.
 
     Returns:
         The loss (differentiable to hidden, weight and bias), log-probs, entropies and metrics.
@@ -132,10 +132,8 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
         TypeError: an unknown argument, or something else than a tensor.
         RuntimeError: in backward, if a second derivative is asked for (create_graph=True).
     """
-    _check_choice("method", method, ("auto", "single_pass", "recompute"))
-    _check_choice("statistics", statistics, ("all", "active"))
-    if statistics == "active" and not skip_rows:
-        raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
+    check_choice("method", method, ("auto", "single_pass", "recompute"))
+    check_statistics(statistics, skip_rows)
     head = Head(hidden, weight, bias, completion_ids, fp32_logits=fp32_logits)
     _check_grad_buffer(head, grad_buffer, grad_scale)
     head.needs_weight |= grad_buffer is not None and torch.is_grad_enabled()
@@ -153,10 +151,7 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
         skip_rows=skip_rows,
         coupled=way == "single_pass" and needs_whole_sequences(batch, config),
     )
-    seen = batch
-    if only_active:
-        # Metrics are of rows that were computed; the denominators still know the others.
-        seen = replace(batch, mask_N=(batch.state_N == ACTIVE).to(head.device))
+    seen = batch.active_only() if only_active else batch
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):
         if way == "single_pass":
             chunk = head.chunk_rows(chunk_rows, plan.num_computed, row_step)
@@ -177,9 +172,7 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
             mean_over=plan.num_computed if only_active else None,
         )
         if only_active:
-            skipped_N = (batch.state_N == COUNTED).to(head.device)
-            rows.logps_N = rows.logps_N.masked_fill(skipped_N, torch.nan)
-            rows.entropy_N = rows.entropy_N.masked_fill(skipped_N, torch.nan)
+            rows = rows.without_skipped(batch)
     if head.wants_gradient:
         if isinstance(call, SinglePass):
             memo.gradients = [call.power, *call.gradients.tensors()]
@@ -348,8 +341,3 @@ def _check_grad_buffer(head: Head, grad_buffer: Tensor | None, grad_scale: float
     check_device(head.device, grad_buffer=grad_buffer)
     if not math.isfinite(grad_scale):
         raise ValueError(f"grad_scale must be a finite number, got {grad_scale}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -19,6 +19,7 @@ from ._inputs import (
     ACTIVE,
     TokenBatch,
     check_ids,
+    check_statistics,
     check_tensor,
     flat_mask,
     flatten,
@@ -42,6 +43,8 @@ def grpo_loss(  # noqa: D417 - the memo is not the caller's
     advantages: Tensor,  # (B,) one a sequence, or (B, T) / (N,) one a token
     *,
     inplace: bool = False,
+    statistics: Literal["all", "active"] = "all",
+    skip_rows: bool = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
     config: GRPOLossConfig = GRPOLossConfig(),
     **arguments: Unpack[LossArguments],
@@ -57,6 +60,10 @@ def grpo_loss(  # noqa: D417 - the memo is not the caller's
         inplace: overwrite `logits` with their gradient in the forward pass: one read and one write
             in all, no second tensor. The logits are gone, and backward can run once. False: the
             gradient is a new tensor, written in backward, as always under `torch.compile`.
+        statistics: "all": log-prob and entropy of every counted token. "active": the rows of tokens
+            without a gradient are not read; theirs are NaN, the metrics are means over the rest.
+        skip_rows: as in `linear_grpo_loss`. Here rows are left out on the device, which never costs
+            a host synchronisation: False only excludes statistics="active".
         backend: "triton", "torch" or "auto": Triton on a GPU.
         config: the mathematics.
         **arguments: mask, log-probs, denominators: as in `linear_grpo_loss`.
@@ -69,6 +76,7 @@ def grpo_loss(  # noqa: D417 - the memo is not the caller's
         RuntimeError: in backward, if a second derivative is asked for (create_graph=True).
     """
     _check_logits(logits, completion_ids)
+    check_statistics(statistics, skip_rows)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     batch = flatten(completion_ids, advantages, logits.device, dtype, config=config, **arguments)
     check_ids(batch.ids_N, batch.mask_N, logits.shape[-1])
@@ -78,23 +86,29 @@ def grpo_loss(  # noqa: D417 - the memo is not the caller's
         raise ValueError(
             "inplace=True would overwrite a leaf that requires its gradient: use inplace=False"
         )
+    only_active = statistics == "active"
+    seen = batch.active_only() if only_active else batch
     with torch.no_grad():
-        call = _Call(logits, batch, config, row_step, wants_gradient, inplace, memo.statistics)
-        memo.statistics = call.found
+        num_active = (batch.state_N == ACTIVE).sum().to(logits.device, non_blocking=True)
+        call = _Call(logits, seen, config, row_step, wants_gradient, inplace, memo.statistics)
+        memo.statistics, rows = call.found, call.rows
         loss, metrics = reduce_rows(
-            call.rows,
-            batch,
+            rows,
+            seen,
             config,
-            num_computed_rows=batch.num_tokens,
-            num_gradient_rows=(batch.state_N == ACTIVE).sum() if wants_gradient else 0,
+            num_computed_rows=num_active if only_active else batch.num_tokens,
+            num_gradient_rows=num_active if wants_gradient else 0,
+            mean_over=num_active if only_active else None,
         )
+        if only_active:
+            rows = rows.without_skipped(batch)
     if wants_gradient and inplace:
         # Autograd must notice if somebody else still needs the values that were here.
         torch.autograd.graph.increment_version(logits)
         loss = _WrittenGradient.apply(logits, loss, row_step)
     elif wants_gradient:
         loss = _LossOfLogits.apply(logits, loss, call)
-    shape, rows = completion_ids.shape, call.rows
+    shape = completion_ids.shape
     return GRPOLossOutput(loss, rows.logps_N.view(shape), rows.entropy_N.view(shape), metrics)
 
 

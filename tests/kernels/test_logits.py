@@ -255,3 +255,32 @@ def test_on_policy_the_ratio_is_exactly_1(inplace: bool, backend: str) -> None:
     assert torch.equal(out.logps, old)
     assert out.metrics["clip_ratio/region_mean"] == 0
     assert torch.equal(-case.advantages.reshape(-1).sum() / 15, out.loss.detach())
+
+
+@INPLACE
+@pytest.mark.parametrize("loss_type", ["dapo", "gmpo"])
+def test_rows_without_a_gradient_may_be_left_unread(
+    loss_type: str, inplace: bool, backend: str
+) -> None:
+    case = make_case(sequences=4, loss_type=loss_type)
+    case.advantages[0] = 0
+    poisoned = case.logits.float()
+    poisoned[0] = torch.nan  # not read
+    options: dict[str, Any] = {"backend": backend, "inplace": inplace}
+    wanted = logits_result(grpo_loss, case, logits=case.logits.float(), **options)
+    found = logits_result(grpo_loss, case, logits=poisoned, statistics="active", **options)
+    torch.testing.assert_close(found.output.loss, wanted.output.loss, rtol=0, atol=0)
+    torch.testing.assert_close(
+        found.gradients["logits"], wanted.gradients["logits"], rtol=0, atol=0
+    )
+    skipped = case.mask & (case.advantages == 0)[:, None]
+    assert skipped.any()
+    assert torch.equal(found.output.logps.isnan(), skipped)
+    assert torch.equal(found.output.entropy.isnan(), skipped)
+    read = case.mask & ~skipped
+    for name in ("num_computed_rows", "num_gradient_rows"):
+        assert found.output.metrics[name] == read.sum()
+    mean = wanted.output.entropy[read].mean()
+    torch.testing.assert_close(found.output.metrics["entropy"], mean)
+    with pytest.raises(ValueError, match="needs skip_rows=True"):
+        logits_result(grpo_loss, case, statistics="active", skip_rows=False, **options)
