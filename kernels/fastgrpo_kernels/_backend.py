@@ -22,7 +22,8 @@ def row_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Modul
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
     installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" and installed else "torch"
+        can_triton = device.type == "cuda" and installed and dtype != torch.float64
+        backend = "triton" if can_triton else "torch"
         if device.type == "cuda" and not installed:
             # Python shows a warning of one place once.
             warnings.warn("triton is not installed: using the slower torch backend", stacklevel=3)
@@ -82,5 +83,9 @@ def chunk_rows_for(
 
 def check_chunk_rows(chunk_rows: int | None) -> None:
     """Refuse chunks of nothing."""
-    if chunk_rows is not None and chunk_rows < 1:
+    if chunk_rows is None:
+        return
+    if not isinstance(chunk_rows, int):
+        raise ValueError(f"chunk_rows must be a whole number, got {chunk_rows}")
+    if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")

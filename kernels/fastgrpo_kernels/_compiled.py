@@ -9,7 +9,9 @@ arguments have to fit a schema. Eager calls do not come here.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +94,7 @@ def opaque_when_compiled(
             for part in ("weight", "bias"):
                 if part in arguments:
                     arguments[part] = gathered(arguments[part])
-            results, _, _ = torch.ops.fastgrpo.forward(name, *_pack(arguments))
+            results, _, _ = _operators.forward(name, *_pack(arguments))
             if "advantages" not in arguments:
                 return tuple(results)  # pyright: ignore[reportReturnType]
             loss, logps, entropy, *values = (results[0], *(x.detach() for x in results[1:]))
@@ -143,6 +145,10 @@ def _pack(arguments: dict[str, Any]) -> tuple[Any, ...]:
     kind = next(iter(tensors.values())).device.type
     autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
     names = [n for group in groups for n in group]
+    for name in arguments:
+        if name not in names:
+            kind = type(arguments[name]).__name__
+            raise TypeError(f"{name} must be a tensor, a number or a word, got {kind}")
     return names, *(list(group.values()) for group in groups), wanted, autocast
 
 
@@ -201,7 +207,21 @@ def _metrics(arguments: dict[str, Any]) -> list[str]:
 
 # ---------------------------------------------------------------- operators
 
-_library = torch.library.Library("fastgrpo", "FRAGMENT")
+
+def _free_namespace() -> str:
+    """Return a namespace of this copy of the package alone: several may be in one process."""
+    path = hashlib.sha1(f"{__name__} {__file__}".encode(), usedforsecurity=False)
+    first = name = f"fastgrpo_{path.hexdigest()[:8]}"
+    for again in itertools.count(2):
+        if not hasattr(getattr(torch.ops, name), "forward"):
+            return name
+        name = f"{first}_{again}"
+    raise AssertionError
+
+
+_NAMESPACE = _free_namespace()
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_operators = getattr(torch.ops, _NAMESPACE)
 _library.define(
     f"forward({_ARGUMENTS}) -> (Tensor[] results, Tensor[] statistics, Tensor[] gradients)"
 )
@@ -223,7 +243,7 @@ def _forward(function: str, *call: Any) -> tuple[list[Tensor], list[Tensor], lis
         return results, memo.statistics.tensors(), []
 
 
-@torch.library.register_fake("fastgrpo::forward", lib=_library)
+@torch.library.register_fake(f"{_NAMESPACE}::forward", lib=_library)
 def _(function: str, *call: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     with _unpacked(call) as arguments:
         dtype, gradients = _FUNCTIONS[function].expect(**arguments)
@@ -249,7 +269,7 @@ def _backward(function: str, *arguments_and_more: Any) -> list[Tensor]:
         return list(torch.autograd.grad([results[i] for i in places], leaves, upstream))
 
 
-@torch.library.register_fake("fastgrpo::backward", lib=_library)
+@torch.library.register_fake(f"{_NAMESPACE}::backward", lib=_library)
 def _(function: str, *arguments_and_more: Any) -> list[Tensor]:
     call = arguments_and_more[:-3]
     with _unpacked(call) as arguments:
@@ -280,7 +300,7 @@ def _gradients(ctx: Any, upstream: list[Tensor | None], *_: Any) -> tuple[Any, .
         ]
     else:
         saved = ctx.saved_tensors
-        found = torch.ops.fastgrpo.backward(
+        found = _operators.backward(
             ctx.function, ctx.names, list(saved[:count]), *ctx.options, list(saved[count:]),
             places, given,
         )  # fmt: skip
@@ -290,4 +310,6 @@ def _gradients(ctx: Any, upstream: list[Tensor | None], *_: Any) -> tuple[Any, .
     return None, None, [gradients.get(n) for n in ctx.names[:count]], *nothing
 
 
-torch.library.register_autograd("fastgrpo::forward", _gradients, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    f"{_NAMESPACE}::forward", _gradients, setup_context=_save, lib=_library
+)

@@ -5,6 +5,8 @@ N tokens, C rows of a chunk, K counted rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -61,6 +63,21 @@ class Head:
     @property
     def wants_gradient(self) -> bool:
         return self.needs_hidden or self.needs_weight or self.needs_bias
+
+    def release(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hand out the tensors and keep none: who waits for a backward pass saves them there."""
+        tensors = self.hidden, self.weight, self.bias
+        del self.hidden, self.weight, self.bias, self.leaves
+        return tensors
+
+    @contextmanager
+    def holding(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Generator[None]:
+        """Have the tensors back for a while."""
+        self.hidden, self.weight, self.bias = self.leaves = hidden, weight, bias
+        try:
+            yield
+        finally:
+            self.release()
 
     def chunk_rows(self, chunk_rows: int | None, num_rows: int, row_step: ModuleType) -> int:
         return chunk_rows_for(
@@ -170,6 +187,18 @@ class HeadGradients:
             add_product(self.dweight_VH, chunk.dlogits_CV.t(), chunk.hidden_CH)
         if self.dbias_V is not None:
             self.dbias_V += chunk.dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
+
+
+def early_and_late(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a factor of the gradients: into what goes into that of the logits, and a power of two.
+
+    The mantissa goes early, in fp32 before that gradient is rounded, where it costs no rounding.
+    The exponent of 1 / 10^6 would take most of it below the smallest number of fp16, so it goes
+    late, where a power of two costs none either; all but 6 bits, room for ratios of e^15.
+    """
+    mantissa, exponent = torch.frexp(factor)
+    early = exponent.clamp(-6, 0)
+    return torch.ldexp(mantissa, early), torch.ldexp(torch.ones_like(factor), exponent - early)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ B sequences, T positions, N tokens (B * T, or packed), V vocabulary.
 from __future__ import annotations
 
 import difflib
+import numbers
 import os
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,11 @@ class TokenBatch:
         vectors = {name: value for name, value in vars(self).items() if name.endswith("_N")}
         return replace(self, **{n: None if x is None else x[pick] for n, x in vectors.items()})
 
+    @property
+    def num_counted(self) -> int | Tensor:
+        """How many rows are not masked."""
+        return self.layout.num_tokens if self.mask_N is None else self.mask_N.sum()
+
     def active_only(self) -> TokenBatch:
         """Return the batch with inactive rows masked; its denominators still know them."""
         return replace(self, mask_N=(self.state_N == ACTIVE).to(self.ids_N.device))
@@ -95,6 +101,8 @@ def flatten(
         ValueError: a shape, device or value does not fit; says which and what would.
     """
     for name in unknown:
+        if name in GRPOLossConfig.__dataclass_fields__:
+            raise TypeError(f"{name} belongs in the config: config=GRPOLossConfig({name}=...)")
         known = list(LossArguments.__annotations__)
         nearest = [k for k in known if name in k] or difflib.get_close_matches(name, known, 1, 0.4)
         suggestion = f": did you mean {nearest[0]}?" if nearest else ""
@@ -102,6 +110,19 @@ def flatten(
     check_tensor(completion_ids=completion_ids, advantages=advantages)
     if not isinstance(config, GRPOLossConfig):
         raise TypeError(f"config must be a GRPOLossConfig, got {type(config).__name__}")
+    optional = {
+        "completion_mask": completion_mask,
+        "cu_seqlens": cu_seqlens,
+        "old_logps": old_logps,
+        "ref_logps": ref_logps,
+        "importance_sampling_ratio": importance_sampling_ratio,
+        "policy_weight": policy_weight,
+        "entropy_mask": entropy_mask,
+    }
+    check_tensor(**{name: x for name, x in optional.items() if x is not None})
+    check_number(num_items_in_batch=num_items_in_batch)
+    check_number(num_sequences_in_batch=num_sequences_in_batch)
+    check_number(entropy_denominator=entropy_denominator)
     layout = Layout(completion_ids, cu_seqlens)
     _check_sequences(layout, num_items_in_batch, num_sequences_in_batch, config)
     if config.beta == 0:
@@ -112,9 +133,6 @@ def flatten(
     check_device(device, old_logps=old_logps, ref_logps=ref_logps)
     check_device(device, importance_sampling_ratio=importance_sampling_ratio)
     check_device(device, policy_weight=policy_weight, entropy_mask=entropy_mask)
-    check_number(num_items_in_batch=num_items_in_batch)
-    check_number(num_sequences_in_batch=num_sequences_in_batch)
-    check_number(entropy_denominator=entropy_denominator)
 
     def per_token(name: str, value: Tensor | None) -> Tensor | None:
         return None if value is None else layout.per_token(name, value.detach()).to(dtype)
@@ -210,10 +228,12 @@ def upstream_vectors(
     return dlogps_N.contiguous(), None if dentropy_N is None else dentropy_N.contiguous()
 
 
-def check_ids(ids_N: Tensor, mask_N: Tensor | None, vocabulary: int) -> None:
+def check_ids(
+    ids_N: Tensor, mask_N: Tensor | None, vocabulary: int, name: str = "completion_ids"
+) -> None:
     """Refuse ids that count and are outside the vocabulary; on a GPU if FASTGRPO_DEBUG is set."""
     if ids_N.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"completion_ids must be int64, got {ids_N.dtype}")
+        raise ValueError(f"{name} must be int64, got {ids_N.dtype}")
     if ids_N.device.type != "cpu" and not os.environ.get("FASTGRPO_DEBUG"):
         return
     wrong = (ids_N < 0) | (ids_N >= vocabulary)
@@ -222,7 +242,7 @@ def check_ids(ids_N: Tensor, mask_N: Tensor | None, vocabulary: int) -> None:
     if wrong.any():
         where = int(wrong.nonzero()[0])
         raise ValueError(
-            f"completion_ids holds {int(ids_N[where])} at token {where}, outside [0, {vocabulary}):"
+            f"{name} holds {int(ids_N[where])} at token {where}, outside [0, {vocabulary}):"
             " mask it, or use the tokenizer that belongs to this head"
         )
 
@@ -248,13 +268,15 @@ def check_statistics(statistics: str, skip_rows: bool) -> None:
         raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
 
 
-def check_number(**numbers: Number | None) -> None:
+def check_number(**given: Number | None) -> None:
     """Refuse a denominator that is negative, not finite or not 0-d."""
-    for name, number in numbers.items():
+    for name, number in given.items():
         if isinstance(number, Tensor):
             if number.numel() != 1:
                 raise ValueError(f"{name} must be a number, got shape {tuple(number.shape)}")
-        elif number is not None and not 0 <= number < float("inf"):
+        elif number is None:
+            continue
+        elif not isinstance(number, numbers.Real) or not 0 <= float(number) < float("inf"):
             raise ValueError(f"{name} must be a finite number, 0 or more, got {number}")
 
 
@@ -270,6 +292,13 @@ def _check_sequences(
         raise ValueError(
             f"loss_type={config.loss_type!r} is divided by sequences, not tokens: give "
             "num_sequences_in_batch, those of the whole optimisation step"
+        )
+    if config.loss_type in ("dapo", "cispo", "vespo") and (
+        num_sequences_in_batch is not None and num_items_in_batch is None
+    ):
+        raise ValueError(
+            f"loss_type={config.loss_type!r} is divided by tokens, not sequences: give "
+            "num_items_in_batch, those of the whole optimisation step"
         )
     if layout.num_sequences is None and (averages or config.couples_rows):
         what = f"loss_type={config.loss_type!r} averages over sequences"

@@ -25,7 +25,8 @@ class Layout:
             raise ValueError(f"completion_ids must be (B, T) or packed (N,), got {tuple(shape)}")
         self.shape = shape
         self.num_tokens = completion_ids.numel()
-        self.cu_seqlens = cu_seqlens
+        # Kernels read it entry after entry.
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.packed = len(shape) == 1 or cu_seqlens is not None
         if cu_seqlens is not None:
             self.num_sequences = _check_cu_seqlens(cu_seqlens, self.num_tokens, completion_ids)

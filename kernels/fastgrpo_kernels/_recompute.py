@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._autograd import once_differentiable
 from ._backend import MIB
-from ._head import Chunk, Head, add_product
+from ._head import Chunk, Head, add_product, early_and_late
 from ._inputs import TokenBatch
 from ._plan import RowPlan, Run, pieces
 from ._reduce import RowResults, Statistics
@@ -48,7 +48,10 @@ class Recompute:
         self.kept_N = None if plan.skips else batch.mask_N
         self.rows = RowResults.zeros(batch, head.accumulator_dtype)
         self.found = self._statistics() if known is None else known
-        self.rows.logps_N, self.rows.entropy_N = self.found.logps_N, self.found.entropy_N
+        # Copies: those returned are the caller's, to do with as he likes.
+        self.rows.logps_N, self.rows.entropy_N = (
+            x.clone() for x in (self.found.logps_N, self.found.entropy_N)
+        )
         self.dlogps_N = torch.zeros_like(self.rows.logps_N) if head.wants_gradient else None
         row_step.objective_rows(batch, self.rows, config, self.dlogps_N)
 
@@ -66,8 +69,7 @@ class Recompute:
     def gradients(self, upstream: Tensor, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
         """Return the gradients of hidden states, weight and bias in the given types."""
         head, batch = self.head, self.batch
-        mantissa, exponent = torch.frexp(upstream / batch.denominator)
-        power = torch.ldexp(torch.ones_like(mantissa), exponent)
+        early, power = early_and_late(upstream / batch.denominator)
         weight_N = batch.entropy_weight_N
         dentropy_N = None if weight_N is None else -weight_N
         run = self.plan.gradient
@@ -92,7 +94,7 @@ class Recompute:
             for run_C, tile in self._rows_of(run, columns, buffers):
                 self.row_step.dlogits_rows(
                     tile.logits_CV, tile.dlogits_CV, tile.tokens, batch.ids_N, batch.mask_N,
-                    self.config, self.found, self.dlogps_N, dentropy_N, mantissa, columns[0],
+                    self.config, self.found, self.dlogps_N, dentropy_N, early, columns[0],
                 )  # fmt: skip
                 if dhidden_KH is not None:
                     add_product(dhidden_KH[slice(*run_C)], tile.dlogits_CV, head.weight[part])
@@ -170,17 +172,16 @@ class RecomputedGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, hidden, weight, bias, call):
-        # Saved though `call` has them: autograd then notices if somebody overwrites them.
-        ctx.save_for_backward(call.head.hidden, call.head.weight, call.head.bias)
-        ctx.call, ctx.dtypes = (
-            call,
-            [None if x is None else x.dtype for x in (hidden, weight, bias)],
-        )
+        # Autograd frees what is saved after backward, and notices if somebody overwrites it.
+        ctx.save_for_backward(*call.head.release(), call.batch.ids_N)
+        ctx.call = call
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        device = ctx.saved_tensors[0].device  # unpacking also notices tensors that were changed
-        with torch.autocast(device.type, enabled=False):
+        *tensors, ids_N = ctx.saved_tensors
+        device = ids_N.device.type
+        with ctx.call.head.holding(*tensors), torch.autocast(device, enabled=False):
             return None, *ctx.call.gradients(upstream, ctx.dtypes), None

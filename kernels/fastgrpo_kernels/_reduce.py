@@ -100,7 +100,9 @@ def reduce_rows(
     loss = rows.loss_N.sum() / batch.denominator
 
     def scalar(number: int | Tensor) -> Tensor:
-        return number if isinstance(number, Tensor) else torch.full((), number, device=device)
+        if isinstance(number, Tensor):
+            return number.to(device, non_blocking=True)
+        return torch.full((), number, device=device)
 
     count = scalar(batch.num_tokens if mean_over is None else mean_over).clamp(min=1)
 
@@ -146,6 +148,7 @@ def _reports(
     def fraction(values_N: Tensor) -> Tensor:
         return layout.sum_sequences(values_N) / length_B.clamp(min=1)
 
+    all_counted &= not config.skip_empty_sequences
     sequences = torch.full_like(count, layout.num_sequences) if all_counted else some_B.sum()
     sequences = sequences.clamp(min=1)
     if config.loss_type == "vespo":

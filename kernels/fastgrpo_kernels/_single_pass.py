@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import once_differentiable
-from ._head import Chunk, Head, HeadGradients, scaled
+from ._head import Chunk, Head, HeadGradients, early_and_late, scaled
 from ._inputs import TokenBatch
 from ._plan import RowPlan, Run, pieces
 from ._reduce import RowResults, Statistics
@@ -75,10 +75,7 @@ class SinglePass:
         self.head, self.batch, self.plan, self.config = head, batch, plan, config
         self.size, self.row_step = chunk_rows, row_step
         self.rows = RowResults.zeros(batch, head.accumulator_dtype)
-        # The mantissa of 1 / denominator is in the gradient of the logits, where it costs no
-        # rounding. The power of two would take fp16 below its smallest number: it comes last.
-        self.mantissa, exponent = torch.frexp(1 / batch.denominator)
-        self.power = torch.ldexp(torch.ones_like(self.mantissa), exponent)
+        self.early, self.power = early_and_late(1 / batch.denominator)
         self.gradients = HeadGradients(head, grad_buffer, self.power * grad_scale)
         self.buffers = head.buffers(chunk_rows * head.vocabulary)
         # Computed or not, a masked row must not reach the gradient of the weight: 0 * NaN is NaN.
@@ -105,7 +102,7 @@ class SinglePass:
                     batch,
                     self.rows,
                     config,
-                    self.mantissa,
+                    self.early,
                 )
                 if with_gradient:
                     self.gradients.add(chunk)
@@ -143,7 +140,7 @@ class SinglePass:
     def _gradient(self, chunk: Chunk, found: Statistics, dlogps_N: Tensor) -> None:
         self.row_step.dlogits_rows(
             chunk.logits_CV, chunk.dlogits_CV, chunk.tokens, self.batch.ids_N, self.batch.mask_N,
-            self.config, found, dlogps_N, self.dentropy_N, self.mantissa,
+            self.config, found, dlogps_N, self.dentropy_N, self.early,
         )  # fmt: skip
         self.gradients.add(chunk)
 

@@ -91,7 +91,11 @@ class GRPOLossConfig:
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
-            _check(self, field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
+            hint = " (GSPO: importance_sampling_level='sequence')" if field == "loss_type" else ""
+            must_be = f"one of {', '.join(choices)}{hint}"
+            _check(self, field, getattr(self, field) in choices, must_be)
+        for field in ("use_bias_correction_kl", "skip_empty_sequences"):
+            _check(self, field, isinstance(getattr(self, field), bool), "True or False")
         for field in ("epsilon_low", "epsilon_high", "beta"):
             value = getattr(self, field)
             _check(self, field, _is_number(value) and value >= 0, "a finite number, 0 or more")
@@ -155,18 +159,26 @@ class LossArguments(TypedDict, total=False):
     """Like completion_ids: multiplies the policy term and the entropy bonus (`gmpo`: leaves tokens
     out of the geometric mean)."""
     num_items_in_batch: Number | None
-    """Counted tokens of the whole optimisation step, for the losses averaged as `dapo`; None: of
-    this call."""
+    """Counted tokens of the whole optimisation step, for `dapo`, `cispo` and `vespo`; None: of this
+    call. All three denominators are taken as 1 at least."""
     num_sequences_in_batch: Number | None
-    """Sequences of the whole optimisation step, for the losses averaged over sequences; None: of
-    this call."""
+    """Sequences of the whole optimisation step, for `grpo`, `dr_grpo`, `luspo`, `sapo` and `gmpo`;
+    None: of this call."""
     entropy_denominator: Number | None
     """Divides the entropy bonus; None: the sum of mask times entropy mask of this call."""
 
 
 @dataclass(frozen=True)
 class GRPOLossOutput:
-    """What a call returns; everything but the loss is detached."""
+    """What a call returns; everything but the loss is detached.
+
+    The metrics are means over the call's counted tokens, named as TRL names them: `policy_loss`;
+    `entropy`; with beta > 0 `kl`; for the clipped losses and gmpo `clip_ratio/low_mean`,
+    `clip_ratio/high_mean`, `clip_ratio/region_mean` and their extremes over sequences,
+    `clip_ratio/low_min` and `clip_ratio/high_max` (ratios of sequences are counted by sequence);
+    `cispo_clip_ratio`; `vespo/phi_seq_mean`; `entropy_coef`. Counts: `num_tokens`, `num_sequences`,
+    `num_computed_rows` (their logits were computed), `num_gradient_rows`.
+    """
 
     loss: Tensor  # 0-d fp32
     logps: Tensor  # shape of completion_ids, fp32: log-prob of each token, 0 where masked

@@ -169,7 +169,7 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
             config,
             num_computed_rows=plan.num_computed,
             num_gradient_rows=plan.num_gradient,
-            mean_over=plan.num_computed if only_active else None,
+            mean_over=seen.num_counted if only_active else None,
         )
         if only_active:
             rows = rows.without_skipped(batch)
@@ -238,7 +238,7 @@ def linear_logps(  # noqa: D417 - the memo is not the caller's
     check_device(head.device, ids=ids)
     tokens_K = None if mask_N is None else mask_N.nonzero()[:, 0].to(head.device)
     mask_N = None if mask_N is None else mask_N.to(head.device)
-    check_ids(ids.reshape(-1), mask_N, head.vocabulary)
+    check_ids(ids.reshape(-1), mask_N, head.vocabulary, "ids")
     row_step = row_backend(backend, head.device, head.dtype)
     num_rows = ids.numel() if tokens_K is None else len(tokens_K)
     logps_N, entropy_N = _LinearLogps.apply(
@@ -272,12 +272,9 @@ class _LinearLogps(torch.autograd.Function):
                     row_step.statistics_rows(
                         chunk.logits_CV, chunk.tokens, ids_N, None, config, found
                     )
-        # Saved though `head` has them: autograd then notices if somebody overwrites them.
-        ctx.save_for_backward(
-            head.hidden, head.weight, head.bias,
-            *found.tensors(),
-        )  # fmt: skip
-        ctx.call = head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step
+        # Autograd frees what is saved after backward, and notices if somebody overwrites it.
+        ctx.save_for_backward(ids_N, *head.release(), *found.tensors())
+        ctx.call = head, tokens_K, num_rows, config, chunk_rows, row_step
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.set_materialize_grads(False)  # a loss without the entropy does not pay for its gradient
         return found.logps_N, found.entropy_N
@@ -285,11 +282,15 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogps_N, dentropy_N):
-        head, ids_N, tokens_K, num_rows, config, chunk_rows, row_step = ctx.call
-        found = Statistics(*ctx.saved_tensors[3:])
-        gradients = HeadGradients(head)
+        head, tokens_K, num_rows, config, chunk_rows, row_step = ctx.call
+        ids_N, hidden, weight, bias, *statistics = ctx.saved_tensors
+        found = Statistics(*statistics)
         dlogps_N, dentropy_N = upstream_vectors(dlogps_N, dentropy_N)
-        with torch.autocast(head.device.type, enabled=False):
+        with (
+            head.holding(hidden, weight, bias),
+            torch.autocast(head.device.type, enabled=False),
+        ):
+            gradients = HeadGradients(head)
             buffers = head.buffers(chunk_rows * head.vocabulary)
             for run in pieces((0, num_rows), chunk_rows):
                 chunk = head.chunk(run, tokens_K, buffers)

@@ -82,10 +82,8 @@ def grpo_loss(  # noqa: D417 - the memo is not the caller's
     check_ids(batch.ids_N, batch.mask_N, logits.shape[-1])
     row_step = row_backend(backend, logits.device, logits.dtype)
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and wants_gradient and logits.is_leaf:
-        raise ValueError(
-            "inplace=True would overwrite a leaf that requires its gradient: use inplace=False"
-        )
+    if inplace and wants_gradient:
+        _check_inplace(logits)
     only_active = statistics == "active"
     seen = batch.active_only() if only_active else batch
     with torch.no_grad():
@@ -148,7 +146,7 @@ def selective_logps(  # noqa: D417 - the memo is not the caller's
     _check_logits(logits, ids)
     check_device(logits.device, ids=ids, mask=mask)
     mask_N = flat_mask(Layout(ids), "mask", mask)
-    check_ids(ids.reshape(-1), mask_N, logits.shape[-1])
+    check_ids(ids.reshape(-1), mask_N, logits.shape[-1], "ids")
     row_step = row_backend(backend, logits.device, logits.dtype)
     logps_N, entropy_N = _SelectiveLogps.apply(logits, flat(ids), mask_N, config, row_step, memo)  # pyright: ignore[reportGeneralTypeIssues]
     return logps_N.view(ids.shape), entropy_N.view(ids.shape)
@@ -181,14 +179,14 @@ class _LossOfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, loss, call):
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits, call.batch.ids_N)
         ctx.call = call
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        (logits,) = ctx.saved_tensors
+        logits, _ = ctx.saved_tensors
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         ctx.call.write_gradient(logits, gradient, upstream)
         return gradient, None, None
@@ -216,6 +214,13 @@ class _Call:
             rows.logps_N, rows.entropy_N = known.logps_N, known.entropy_N
             row_step.objective_rows(batch, rows, config, self.dlogps_N)
             return
+        self._forward(logits, inplace)
+        # Copies: those returned are the caller's, to do with as he likes.
+        rows.logps_N, rows.entropy_N = rows.logps_N.clone(), rows.entropy_N.clone()
+
+    def _forward(self, logits: Tensor, inplace: bool) -> None:
+        batch, config, row_step, rows = self.batch, self.config, self.row_step, self.rows
+        wants_gradient = self.dlogps_N is not None
         if needs_whole_sequences(batch, config) or (config.couples_rows and not inplace):
             for first, logits_CV, _ in _pieces(logits, None, row_step):
                 row_step.statistics_rows(
@@ -321,6 +326,19 @@ def _pieces(
                 dpiece = dlogits_NV[first : first + len(piece)]
             yield first, piece, dpiece
             first += len(piece)
+
+
+def _check_inplace(logits: Tensor) -> None:
+    base = logits._base if logits._is_view() else None  # pyright: ignore[reportPrivateUsage]
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            "inplace=True would overwrite a leaf that requires its gradient: use inplace=False"
+        )
+    if 0 in logits.stride()[:-1] and logits.numel():
+        raise ValueError(
+            f"inplace=True would write rows that share memory (strides {logits.stride()}): use "
+            "inplace=False"
+        )
 
 
 def _check_logits(logits: Tensor, ids: Tensor) -> None:

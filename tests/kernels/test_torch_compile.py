@@ -517,7 +517,7 @@ def test_the_operators_are_what_they_say(name: str) -> None:
         k |= {"hidden": x, "weight": torch.randn(V, H, device=DEVICE, requires_grad=True)}
     call = name, *_compiled._pack(dict(_compiled._flat(k)))
     utilities = ("test_schema", "test_faketensor")
-    operators = torch.ops.fastgrpo
+    operators = _compiled._operators
     torch.library.opcheck(operators.forward.default, call, test_utils=utilities)
     with torch.no_grad():
         results, statistics, gradients = operators.forward(*call)

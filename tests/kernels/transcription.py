@@ -160,24 +160,26 @@ def transcription(
     metrics |= {"num_tokens": sum(lengths), "num_sequences": sequences}
     if config.entropy_coef:
         metrics["entropy_coef"] = config.entropy_coef
-    metrics |= report_metrics(reports, name, of_sequence)
+    metrics |= report_metrics(reports, name, of_sequence, config.skip_empty_sequences)
     return loss, metrics
 
 
-def report_metrics(reports: list[list[Any]], name: str, of_sequence: bool) -> dict[str, float]:
+def report_metrics(
+    reports: list[list[Any]], name: str, of_sequence: bool, skip_empty: bool
+) -> dict[str, float]:
     """Clip fractions of tokens, or of sequences, an empty one among them as not clipped."""
     if name == "sapo":
         return {}
     if name == "vespo":
-        phis = [sum(x) / len(x) if x else 1.0 for x in reports]
-        return {"vespo/phi_seq_mean": sum(phis) / len(phis)}
+        phis = [sum(x) / len(x) if x else 1.0 for x in reports if x or not skip_empty]
+        return {"vespo/phi_seq_mean": sum(phis) / max(len(phis), 1)}
 
     def fractions(sign: int) -> list[float]:
         return [sum(s == sign for s in x) / len(x) if x else 0.0 for x in reports]
 
     def mean(sign: int) -> float:
         if of_sequence:
-            return sum(fractions(sign)) / len(reports)
+            return sum(fractions(sign)) / max(sum(bool(x) or not skip_empty for x in reports), 1)
         return sum(s == sign for x in reports for s in x) / max(sum(map(len, reports)), 1)
 
     low, high = mean(-1), mean(1)
