@@ -79,12 +79,14 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
     share of the optimisation step's loss: the sum over micro-batches and ranks is the step's.
 
     Args:
-        hidden: last hidden states, bf16, fp16 or fp32; strided views are fine.
-        weight: the LM head in the same type (any under autocast); a frozen one costs no product.
-        completion_ids: the tokens that were sampled.
-        advantages: may be on the CPU. A token whose advantage is 0 gets no gradient products when
-            beta is 0.
-        bias: of the LM head.
+        hidden: (B, T, H), or packed (N, H) or (1, N, H): last hidden states, bf16, fp16 or fp32;
+            strided views are fine.
+        weight: (V, H), the LM head in the same type (any under autocast); a frozen one costs no
+            product.
+        completion_ids: (B, T) or (N,) int64, the tokens that were sampled.
+        advantages: (B,) one a sequence, or (B, T) / (N,) one a token; may be on the CPU. A token
+            whose advantage is 0 gets no gradient products when beta and entropy_coef are 0.
+        bias: (V,), of the LM head.
         method: "single_pass": gradients in the forward pass, 6NHV, and an fp32 tensor of the size
             of the head (8NHV for rows of sequences that couple their rows and are longer than a
             chunk). "recompute": 8NHV, logits by slices of the vocabulary and again in backward; 4NH
@@ -104,7 +106,8 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
             the gradient is added in the forward pass, before it is known whether backward will run
             and with which upstream gradient, so the final factor of the loss has to be
             `grad_scale`, and the buffer must be of the accumulator's type (fp32), since it is
-            rounded after every chunk. With "recompute" it is added in backward, times the upstream
+            rounded after every chunk; inside of activation checkpointing, which runs the forward
+            pass twice, it would be added twice. With "recompute" it is added in backward, times the upstream
             gradient, and may be of any type. Hooks on the weight do not see it. The gradient of a
             tied embedding still goes through autograd: with `grad_buffer=weight.grad` both meet.
             A graph of `torch.compile` breaks here, or with fullgraph=True says so.
