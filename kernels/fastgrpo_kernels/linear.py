@@ -107,10 +107,10 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
             and with which upstream gradient, so the final factor of the loss has to be
             `grad_scale`, and the buffer must be of the accumulator's type (fp32), since it is
             rounded after every chunk; inside of activation checkpointing, which runs the forward
-            pass twice, it would be added twice. With "recompute" it is added in backward, times the upstream
-            gradient, and may be of any type. Hooks on the weight do not see it. The gradient of a
-            tied embedding still goes through autograd: with `grad_buffer=weight.grad` both meet.
-            A graph of `torch.compile` breaks here, or with fullgraph=True says so.
+            pass twice, it would be added twice. With "recompute" it is added in backward, times the
+            upstream gradient, and may be of any type. Hooks on the weight do not see it. The
+            gradient of a tied embedding still goes through autograd: with `grad_buffer=weight.grad`
+            both meet. A graph of `torch.compile` breaks here, or with fullgraph=True says so.
         grad_scale: multiplies what is added to `grad_buffer`, and nothing else.
         backend: "triton", "torch" or "auto": Triton on a GPU.
         config: the mathematics.
