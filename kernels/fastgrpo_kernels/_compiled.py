@@ -146,7 +146,7 @@ def _pack(arguments: dict[str, Any]) -> tuple[Any, ...]:
     autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
     names = [n for group in groups for n in group]
     for name in arguments:
-        if name not in names:
+        if name not in names and arguments[name] is not None:
             kind = type(arguments[name]).__name__
             raise TypeError(f"{name} must be a tensor, a number or a word, got {kind}")
     return names, *(list(group.values()) for group in groups), wanted, autocast
