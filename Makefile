@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 peers: $(VENV)/.benchmarks
 	$(BIN)/python -m pytest -m peers
