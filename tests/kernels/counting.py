@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import LiveBytes as LiveBytes
 from fastgrpo_kernels import GRPOLossConfig
 
 KERNELS = ("loss_kernel", "objective_kernel", "statistics_kernel", "dlogits_kernel", "scale_kernel")
@@ -41,28 +39,6 @@ def flops(call: Callable[[], Tensor], backward: bool = True) -> int:
         if backward:
             result.backward()
     return counter.get_total_flops()
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes alive at the peak, inputs apart, and the largest tensor ever seen."""
-
-    def __init__(self, *inputs: Tensor | None) -> None:
-        super().__init__()
-        self.inputs = {x.untyped_storage()._cdata for x in inputs if x is not None}
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.largest_tensor = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self.largest_tensor = max(self.largest_tensor, x.numel())
-                storage = x.untyped_storage()
-                if storage._cdata not in self.inputs:
-                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {key: x for key, x in self.alive.items() if not x[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return result
 
 
 class KernelWithoutMemory:

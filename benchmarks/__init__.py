@@ -1,0 +1,1 @@
+"""Benchmarks of the loss and of the trainer against their peers."""

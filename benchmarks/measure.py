@@ -1,0 +1,317 @@
+"""How it is measured: exactness first, then time, memory and FLOPs."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgrpo_kernels import reference
+
+from .cells import Cell, Inputs
+from .peers import CONFIG, Method
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes alive at the peak, inputs apart, and the largest tensor ever seen."""
+
+    def __init__(self, *inputs: Tensor | None) -> None:
+        super().__init__()
+        self.inputs = {x.untyped_storage()._cdata for x in inputs if x is not None}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.largest_tensor = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.largest_tensor = max(self.largest_tensor, x.numel())
+                storage = x.untyped_storage()
+                if storage._cdata not in self.inputs:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: x for key, x in self.alive.items() if not x[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def exact_result(cell: Cell, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the loss and its gradients from plain PyTorch in `dtype`, some rows at a time.
+
+    Sums over rows are kept in fp64 whatever `dtype` is.
+    """
+    rows = max(1, 2**28 // cell.V)
+    ids, old = inputs.ids.view(-1), inputs.old_logps.view(-1)
+    advantages = inputs.advantages[:, None].expand(inputs.ids.shape).reshape(-1)
+    total: dict[str, Tensor] = {}
+    for part in torch.arange(cell.N, device=ids.device).split(rows):
+        if inputs.logits is not None:
+            leaves = {"logits": inputs.logits.view(cell.N, -1)[part]}
+        else:
+            leaves = {"hidden": inputs.hidden.view(cell.N, -1)[part], "weight": inputs.weight}
+        leaves = {
+            name: x.detach().to(dtype).requires_grad_(not (cell.frozen and name == "weight"))
+            for name, x in leaves.items()
+        }
+        function = reference.linear_grpo_loss if inputs.logits is None else reference.grpo_loss
+        with torch.enable_grad():
+            loss = function(
+                *leaves.values(),
+                ids[part],
+                advantages[part],
+                old_logps=old[part],
+                num_items_in_batch=cell.N,
+                config=CONFIG,
+            ).loss
+        loss.backward()
+        _add(total, "loss", loss.detach())
+        for name, leaf in leaves.items():
+            if leaf.grad is None:
+                continue
+            if name == "weight":
+                _add(total, name, leaf.grad)
+            else:
+                total[name] = torch.cat([x for x in (total.get(name), leaf.grad) if x is not None])
+    return total
+
+
+def exact_logps(cell: Cell, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the log-probs from plain PyTorch in `dtype`, some rows at a time."""
+    rows = max(1, 2**28 // cell.V)
+    hidden, ids = inputs.hidden.view(cell.N, -1), inputs.ids.view(-1)
+    found = [
+        reference.linear_logps(hidden[part].to(dtype), inputs.weight.to(dtype), ids[part])[0]
+        for part in torch.arange(cell.N, device=ids.device).split(rows)
+    ]
+    return {"logps": torch.cat(found)}
+
+
+class Trial:
+    """A method on the inputs of a cell, again and again."""
+
+    def __init__(self, cell: Cell, inputs: Inputs, method: Method) -> None:
+        self.cell, self.method = cell, method
+        self.inputs = replace(inputs)
+        self.logits = inputs.logits
+        self.leaves: dict[str, Tensor] = {}
+
+    def refresh(self) -> None:
+        """Forget gradients; hand out a copy of logits that may be overwritten."""
+        inputs = self.inputs
+        if self.logits is None:
+            both = {"hidden": inputs.hidden, "weight": inputs.weight}
+            self.leaves = {name: x for name, x in both.items() if x.requires_grad}
+        else:
+            inputs.logits = None
+            self.leaves.clear()
+            leaf = self.logits.detach()
+            if self.method.extra_position:
+                leaf = torch.nn.functional.pad(leaf, (0, 0, 0, 1))
+            else:
+                leaf = leaf.clone()
+            self.leaves = {"logits": leaf.requires_grad_()}
+            inputs.logits = leaf.clone()  # a model's logits are no leaf either
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def forward(self) -> Tensor:
+        if self.cell.op != "logps":
+            return self.method.call(self.inputs)
+        with torch.no_grad():
+            return self.method.call(self.inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        if self.cell.op != "logps":
+            loss.backward()
+
+    def result(self) -> dict[str, Tensor]:
+        """Return what the method computes, named as `exact_result` names it."""
+        self.refresh()
+        found = self.forward()
+        if self.cell.op == "logps":
+            return {"logps": found.reshape(-1)}
+        self.backward(found)
+        result = {"loss": found.detach()}
+        for name, leaf in self.leaves.items():
+            if leaf.grad is not None:
+                gradient = leaf.grad[:, :-1] if self.method.extra_position else leaf.grad
+                result[name] = gradient.reshape(-1, gradient.shape[-1])
+        self.refresh()
+        return result
+
+    def returned_bytes(self) -> int:
+        """Return the bytes of the gradients; one in the place of its logits has none."""
+        logits = self.inputs.logits
+        own = None if logits is None else logits.untyped_storage().data_ptr()
+        grads = [x.grad for x in self.leaves.values() if x.grad is not None]
+        return sum(x.nbytes for x in grads if x.untyped_storage().data_ptr() != own)
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the root mean square of each error, relative to that of the exact values."""
+    if found.keys() != exact.keys():
+        raise ValueError(f"gives {sorted(found)}, wanted {sorted(exact)}")
+    return {
+        name: ((found[name].double() - x.double()).square().mean().sqrt() / _rms(x)).item()
+        for name, x in exact.items()
+    }
+
+
+def is_wrong(error: dict[str, float], naive: dict[str, float]) -> bool:
+    """Say whether an error is more than rounding: over 4 times naive PyTorch's in the same type."""
+    return any(not error[name] <= 4 * naive[name] + 1e-5 for name in naive)
+
+
+def time_call(trial: Trial, *, seconds: float, most: int = 30) -> dict[str, list[float]]:
+    """Time forward, backward and both, after two rounds of warm-up.
+
+    Returns:
+        `[min, median, max]` in milliseconds of each.
+    """
+    stopwatch = _GpuStopwatch() if trial.inputs.hidden.is_cuda else _CpuStopwatch()
+    forward, backward, total = [], [], []
+    begin = time.perf_counter()
+    for repeat in range(most + 2):
+        trial.refresh()
+        marks = [stopwatch.mark()]
+        loss = trial.forward()
+        marks.append(stopwatch.mark())
+        trial.backward(loss)
+        del loss
+        marks.append(stopwatch.mark())
+        stopwatch.wait()
+        if repeat < 2:
+            continue
+        forward.append(stopwatch.between(marks[0], marks[1]))
+        backward.append(stopwatch.between(marks[1], marks[2]))
+        total.append(stopwatch.between(marks[0], marks[2]))
+        if len(total) >= 3 and time.perf_counter() - begin > seconds:
+            break
+    trial.refresh()
+    return {
+        "ms_forward": summary(forward),
+        "ms_backward": summary(backward),
+        "ms_total": summary(total),
+    }
+
+
+def peak_extra_bytes(trial: Trial) -> int:
+    """Return the bytes alive at the peak beyond the inputs and the gradients that are returned."""
+    trial.refresh()
+    gc.collect()
+    if trial.inputs.hidden.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trial.backward(trial.forward())
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        given = [x for x in vars(trial.inputs).values() if isinstance(x, Tensor)]
+        with LiveBytes(*given) as counter:
+            trial.backward(trial.forward())
+        peak = counter.peak
+    return peak - trial.returned_bytes()
+
+
+def count_flops(trial: Trial) -> int:
+    """Return the FLOPs of the products that PyTorch sees."""
+    trial.refresh()
+    with FlopCounterMode(display=False) as counter:
+        trial.backward(trial.forward())
+    return counter.get_total_flops()
+
+
+def ceilings(cell: Cell, device: str) -> dict[str, Any]:
+    """Time the bare products of a cell, and a copy on the device: what no method can beat."""
+    dtype = getattr(torch, cell.dtype)
+    hidden = torch.randn(cell.N, cell.H, device=device, dtype=dtype)
+    weight = torch.randn(cell.V, cell.H, device=device, dtype=dtype)
+    rows = min(cell.N, max(1, 2**31 // (cell.V * dtype.itemsize)))  # at most 2 GiB of logits
+    logits = torch.randn(rows, cell.V, device=device, dtype=dtype)
+    times = {}
+    for name, product, scale in (
+        ("logits", lambda: hidden[:rows] @ weight.t(), cell.N / rows),
+        ("dhidden", lambda: logits @ weight, cell.N / rows),
+        ("dweight", lambda: logits.t() @ hidden[:rows], cell.N / rows),
+    ):
+        times[name] = _median_ms(product, device) * scale
+    source = torch.empty(2**28 if device == "cuda" else 2**26, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy_ms = _median_ms(lambda: target.copy_(source), device)
+    return {
+        "N": cell.N, "H": cell.H, "V": cell.V, "dtype": cell.dtype, "ms_products": times,
+        "copy_bytes_per_second": 2 * source.numel() / (copy_ms / 1e3),
+    }  # fmt: skip
+
+
+def merged(record: dict[str, Any] | None, round: dict[str, Any]) -> dict[str, Any]:
+    """Add a round to a record: medians of medians, the widest range, and each round's median."""
+    total = round.get("ms_total")
+    if record is None or record["status"] != "ok" or total is None:
+        return round | ({} if total is None else {"rounds": [total[1]]})
+    found = round | {"rounds": [*record["rounds"], total[1]]}
+    for name in ("ms_forward", "ms_backward", "ms_total"):
+        (low, _, high), (low2, _, high2) = record[name], round[name]
+        medians = [*record.get(f"{name}_medians", [record[name][1]]), round[name][1]]
+        found[f"{name}_medians"] = medians
+        found[name] = [min(low, low2), statistics.median(medians), max(high, high2)]
+    return found
+
+
+def summary(values: list[float]) -> list[float]:
+    return [round(x, 4) for x in (min(values), statistics.median(values), max(values))]
+
+
+class _CpuStopwatch:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def between(self, start: float, end: float) -> float:
+        return (end - start) * 1e3
+
+
+class _GpuStopwatch:
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def between(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return start.elapsed_time(end)
+
+
+def _median_ms(function: Callable[[], object], device: str) -> float:
+    stopwatch = _GpuStopwatch() if device == "cuda" else _CpuStopwatch()
+    times = []
+    for repeat in range(7):
+        start = stopwatch.mark()
+        function()
+        end = stopwatch.mark()
+        stopwatch.wait()
+        if repeat >= 2:
+            times.append(stopwatch.between(start, end))
+    return statistics.median(times)
+
+
+def _add(total: dict[str, Tensor], name: str, value: Tensor) -> None:
+    total[name] = total[name] + value if name in total else value.double()
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.double().square().mean().sqrt().clamp(min=1e-30)

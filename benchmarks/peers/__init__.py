@@ -1,0 +1,68 @@
+"""The peers: one thin adapter a file, each importing its package only when it is asked to.
+
+An adapter says why it cannot run here, and gives the methods it has. A method takes the inputs of a
+cell to a loss with its graph (`op` "linear" and "logits") or to log-probs ("logps").
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastgrpo_kernels import GRPOLossConfig
+
+from ..cells import Cell, Inputs
+
+NAMES = (
+    "fastgrpo", "naive", "compiled", "trl", "liger_triton", "liger_linear", "liger_sm90", "cce",
+    "verl",
+)  # fmt: skip
+
+CONFIG = GRPOLossConfig(loss_type="dapo", epsilon_low=0.2, epsilon_high=0.28)
+"""The loss that every peer computes."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of a peer to compute what a cell asks for."""
+
+    name: str
+    ops: tuple[str, ...]
+    call: Callable[[Inputs], Tensor]
+    products: Callable[[Cell], int] | None = None
+    """FLOPs in units of 2NHV, where the products run inside of kernels and nobody counts them."""
+    extra_position: bool = False
+    """The method wants logits (B, T + 1, V) and ignores the last position."""
+
+
+def load(name: str) -> ModuleType:
+    """Return the adapter of a peer: `unavailable(device) -> str | None` and `METHODS`."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def missing(*packages: str) -> str | None:
+    """Say which of some packages is not installed, if one is not."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            return "not installed"
+    return None
+
+
+def recomputes(cell: Cell) -> int:
+    """Products of a method that computes the logits again in backward."""
+    return 1 if cell.op == "logps" else 3 if cell.frozen else 4
+
+
+def torch_loss(logps: Tensor, inputs: Inputs) -> Tensor:
+    """Return DAPO's loss from log-probs (B, T), as one writes it in PyTorch."""
+    advantages = inputs.advantages[:, None]
+    ratio = torch.exp(logps - inputs.old_logps)
+    low, high = 1 - CONFIG.epsilon_low, 1 + CONFIG.epsilon_high
+    loss = -torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+    return (loss * inputs.mask).sum() / inputs.mask.sum()
