@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._backend import MIB, chunk_rows_for
-from ._inputs import check_tensor
+from ._checks import check_tensor
 from ._layout import check_device, same_tokens
 from ._plan import Run
 from ._sharding import gathered

@@ -6,13 +6,12 @@ B sequences, T positions, N tokens (B * T, or packed), V vocabulary.
 from __future__ import annotations
 
 import difflib
-import numbers
-import os
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ._checks import check_number, check_tensor
 from ._layout import Layout, check_device, flat
 from .config import LOG_MAX, LOG_MIN, GRPOLossConfig, LossArguments, Number
 
@@ -226,58 +225,6 @@ def upstream_vectors(
         assert dentropy_N is not None
         dlogps_N = torch.zeros_like(dentropy_N)
     return dlogps_N.contiguous(), None if dentropy_N is None else dentropy_N.contiguous()
-
-
-def check_ids(
-    ids_N: Tensor, mask_N: Tensor | None, vocabulary: int, name: str = "completion_ids"
-) -> None:
-    """Refuse ids that count and are outside the vocabulary; on a GPU if FASTGRPO_DEBUG is set."""
-    if ids_N.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} must be int64, got {ids_N.dtype}")
-    if ids_N.device.type != "cpu" and not os.environ.get("FASTGRPO_DEBUG"):
-        return
-    wrong = (ids_N < 0) | (ids_N >= vocabulary)
-    if mask_N is not None:
-        wrong &= mask_N
-    if wrong.any():
-        where = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name} holds {int(ids_N[where])} at token {where}, outside [0, {vocabulary}):"
-            " mask it, or use the tokenizer that belongs to this head"
-        )
-
-
-def check_tensor(**tensors: object) -> None:
-    """Refuse what is no tensor, a module for example."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            remedy = ": pass its .weight" if isinstance(tensor, torch.nn.Module) else ""
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{remedy}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is none of those known."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_statistics(statistics: str, skip_rows: bool) -> None:
-    """Refuse to skip rows and not to skip them."""
-    check_choice("statistics", statistics, ("all", "active"))
-    if statistics == "active" and not skip_rows:
-        raise ValueError("statistics='active' skips rows: it needs skip_rows=True")
-
-
-def check_number(**given: Number | None) -> None:
-    """Refuse a denominator that is negative, not finite or not 0-d."""
-    for name, number in given.items():
-        if isinstance(number, Tensor):
-            if number.numel() != 1:
-                raise ValueError(f"{name} must be a number, got shape {tuple(number.shape)}")
-        elif number is None:
-            continue
-        elif not isinstance(number, numbers.Real) or not 0 <= float(number) < float("inf"):
-            raise ValueError(f"{name} must be a finite number, 0 or more, got {number}")
 
 
 def _check_sequences(

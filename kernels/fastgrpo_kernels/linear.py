@@ -16,17 +16,10 @@ from torch import Tensor
 
 from ._autograd import once_differentiable
 from ._backend import MIB, check_chunk_rows, row_backend
+from ._checks import check_choice, check_ids, check_statistics, check_tensor
 from ._compiled import Expected, Memo, opaque_when_compiled
 from ._head import Head, HeadGradients, scaled
-from ._inputs import (
-    check_choice,
-    check_ids,
-    check_statistics,
-    check_tensor,
-    flat_mask,
-    flatten,
-    upstream_vectors,
-)
+from ._inputs import flat_mask, flatten, upstream_vectors
 from ._layout import Layout, check_device, flat
 from ._plan import RowPlan, pieces
 from ._recompute import Recompute, RecomputedGradients

@@ -14,18 +14,10 @@ from torch import Tensor
 
 from ._autograd import once_differentiable
 from ._backend import chunk_rows_for, row_backend
+from ._checks import check_ids, check_inplace, check_logits, check_statistics
 from ._compiled import Expected, Memo, opaque_when_compiled
-from ._inputs import (
-    ACTIVE,
-    TokenBatch,
-    check_ids,
-    check_statistics,
-    check_tensor,
-    flat_mask,
-    flatten,
-    upstream_vectors,
-)
-from ._layout import Layout, check_device, flat, same_tokens
+from ._inputs import ACTIVE, TokenBatch, flat_mask, flatten, upstream_vectors
+from ._layout import Layout, check_device, flat
 from ._reduce import RowResults, Statistics, reduce_rows
 from ._single_pass import linear_surrogate, needs_whole_sequences
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments
@@ -75,7 +67,7 @@ def grpo_loss(  # noqa: D417 - the memo is not the caller's
         ValueError: shapes, types, devices or values that do not fit; the message holds them.
         RuntimeError: in backward, if a second derivative is asked for (create_graph=True).
     """
-    _check_logits(logits, completion_ids)
+    check_logits(logits, completion_ids)
     check_statistics(statistics, skip_rows)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     batch = flatten(completion_ids, advantages, logits.device, dtype, config=config, **arguments)
@@ -83,7 +75,7 @@ def grpo_loss(  # noqa: D417 - the memo is not the caller's
     row_step = row_backend(backend, logits.device, logits.dtype)
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and wants_gradient:
-        _check_inplace(logits)
+        check_inplace(logits)
     only_active = statistics == "active"
     seen = batch.active_only() if only_active else batch
     with torch.no_grad():
@@ -143,7 +135,7 @@ def selective_logps(  # noqa: D417 - the memo is not the caller's
     config = GRPOLossConfig(
         temperature=temperature, logit_scale=logit_scale, logit_softcap=logit_softcap
     )
-    _check_logits(logits, ids)
+    check_logits(logits, ids)
     check_device(logits.device, ids=ids, mask=mask)
     mask_N = flat_mask(Layout(ids), "mask", mask)
     check_ids(ids.reshape(-1), mask_N, logits.shape[-1], "ids")
@@ -326,32 +318,3 @@ def _pieces(
                 dpiece = dlogits_NV[first : first + len(piece)]
             yield first, piece, dpiece
             first += len(piece)
-
-
-def _check_inplace(logits: Tensor) -> None:
-    base = logits._base if logits._is_view() else None  # pyright: ignore[reportPrivateUsage]
-    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise ValueError(
-            "inplace=True would overwrite a leaf that requires its gradient: use inplace=False"
-        )
-    if 0 in logits.stride()[:-1] and logits.numel():
-        raise ValueError(
-            f"inplace=True would write rows that share memory (strides {logits.stride()}): use "
-            "inplace=False"
-        )
-
-
-def _check_logits(logits: Tensor, ids: Tensor) -> None:
-    check_tensor(logits=logits, ids=ids)
-    if not same_tokens(logits.shape[:-1], ids.shape):
-        raise ValueError(
-            f"logits must be {(*ids.shape, 'V')} for ids {tuple(ids.shape)}, "
-            f"got {tuple(logits.shape)}"
-        )
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating-point, got {logits.dtype}")
-    if logits.stride(-1) != 1:
-        raise ValueError(
-            f"logits must have stride 1 along the vocabulary, got strides {logits.stride()}: "
-            "call .contiguous()"
-        )

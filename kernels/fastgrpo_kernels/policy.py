@@ -12,7 +12,8 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ._inputs import ACTIVE, TokenBatch, check_tensor, flatten
+from ._checks import check_tensor
+from ._inputs import ACTIVE, TokenBatch, flatten
 from ._layout import check_device
 from ._reduce import RowResults, reduce_rows
 from .config import LOG_MAX, LOG_MIN, MAX_EXPONENT, GRPOLossConfig, GRPOLossOutput, LossArguments

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._inputs import check_ids, flat_mask
+from ._checks import check_ids
+from ._inputs import flat_mask
 from ._layout import Layout
 from ._sharding import gathered
 from .config import GRPOLossConfig, GRPOLossOutput, LossArguments

@@ -16,7 +16,8 @@ PACKAGE = Path(fastgrpo_kernels.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     {"config", "_autograd", "_layout", "_sharding"},
-    {"_objective", "_inputs"},
+    {"_objective", "_checks"},
+    {"_inputs"},
     {"_plan", "_reduce", "_backend", "_row"},
     {"policy", "sampler", "_kernels", "_compiled"},
     {"reference", "_row_torch", "_sequence", "_head"},
