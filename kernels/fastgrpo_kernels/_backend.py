@@ -68,15 +68,13 @@ def chunk_rows_for(
     if chunk_rows is not None:
         check_chunk_rows(chunk_rows)
         return min(chunk_rows, max(num_rows, 1))
-    budget = 256 * MIB
+    budget = 256 * MIB - backend.temporary_bytes(device)
     if device.type == "cuda" and with_weight_gradient:
         total = torch.cuda.get_device_properties(device).total_memory
         budget = min(max(total // 32, budget), 4096 * MIB)
     # Logits, and of each row its hidden state and the fp32 gradient of that.
     row = vocabulary * dtype.itemsize + hidden_size * (dtype.itemsize + 4)
     row += vocabulary * logits_dtype.itemsize if logits_dtype != dtype else 0
-    # In float64 the temporaries are twice as wide.
-    row += vocabulary * backend.TEMPORARY_BYTES * max(1, dtype.itemsize // 4)
     rows = budget // row
     return max(1, min(rows - rows % 16 if rows >= 16 else rows, max(num_rows, 1)))
 

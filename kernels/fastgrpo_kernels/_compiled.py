@@ -43,6 +43,7 @@ class Memo:
 
     statistics: Statistics | None = None
     gradients: Sequence[Tensor] = ()  # a factor, and the leaves' gradients without it
+    in_graph: bool = True  # what comes must be as `Expected` says
 
 
 class Expected(NamedTuple):
@@ -85,7 +86,7 @@ def opaque_when_compiled(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
-                return function(Memo(), *args, **kwargs)
+                return function(Memo(in_graph=False), *args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             arguments = {n: x for n, x in _flat(bound.arguments) if x is not None}

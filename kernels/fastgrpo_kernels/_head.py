@@ -79,6 +79,14 @@ class Head:
         finally:
             self.release()
 
+    def sum_dtype(self, num_products: int, goal: torch.dtype) -> torch.dtype:
+        """Return the type in which products that make up a gradient of type `goal` are added up.
+
+        One bf16 product is rounded once, as it would be from fp32, whose range it has.
+        """
+        alone = num_products == 1 and self.dtype == goal == torch.bfloat16
+        return goal if alone else self.accumulator_dtype
+
     def chunk_rows(self, chunk_rows: int | None, num_rows: int, row_step: ModuleType) -> int:
         return chunk_rows_for(
             chunk_rows,
@@ -127,14 +135,7 @@ class Head:
         bias_S = None if self.bias is None else self.bias[first:last]
         shape = (count, last - first)
         logits_CS, dlogits_CS = (x[: shape[0] * shape[1]].view(shape) for x in buffers)
-        if self.logits_dtype != self.dtype:
-            product_into(logits_CS, hidden_CH, weight_SH.t())
-            if bias_S is not None:
-                logits_CS += bias_S
-        elif bias_S is None:
-            torch.mm(hidden_CH, weight_SH.t(), out=logits_CS)
-        else:
-            torch.addmm(bias_S, hidden_CH, weight_SH.t(), out=logits_CS)
+        product_into(logits_CS, hidden_CH, weight_SH.t(), bias_S)
         return Chunk(tokens, hidden_CH, logits_CS, dlogits_CS)
 
     def _rows(self, tokens: Tokens, count: int) -> Tensor:
@@ -155,16 +156,37 @@ class HeadGradients:
     """What the chunks of a single pass add up to; only what is wanted exists."""
 
     def __init__(
-        self, head: Head, grad_buffer: Tensor | None = None, buffer_scale: Tensor | None = None
+        self,
+        head: Head,
+        grad_buffer: Tensor | None = None,
+        buffer_scale: Tensor | None = None,
+        *,
+        num_chunks: int = 2,
+        sum_dtype: torch.dtype | None = None,
     ) -> None:
+        """Make room for the gradients.
+
+        Args:
+            head: what they are of.
+            grad_buffer: where that of the weight goes, if not into a tensor of its own.
+            buffer_scale: its factor there.
+            num_chunks: how many there will be.
+            sum_dtype: of the weight's; None: the accumulator's.
+        """
         self.head, self.grad_buffer, self.buffer_scale = head, grad_buffer, buffer_scale
+        self.num_added = 0
 
         def zeros(*shape: int, dtype: torch.dtype = head.accumulator_dtype) -> Tensor:
             return torch.zeros(shape, device=head.device, dtype=dtype)
 
         self.dhidden = zeros(*head.hidden.shape, dtype=head.dtype) if head.needs_hidden else None
         own_sum = head.needs_weight and grad_buffer is None
-        self.dweight_VH = zeros(*head.weight.shape) if own_sum else None
+        self.dweight_VH = None
+        if own_sum:
+            # The first chunk is written, not added.
+            make = torch.empty if num_chunks else torch.zeros
+            dtype = sum_dtype or head.accumulator_dtype
+            self.dweight_VH = make(head.weight.shape, device=head.device, dtype=dtype)
         self.dbias_V = zeros(head.vocabulary) if head.needs_bias else None
 
     def tensors(self) -> list[Tensor]:
@@ -175,7 +197,7 @@ class HeadGradients:
         """Add what the gradient of a chunk's logits gives."""
         if self.dhidden is not None:
             dhidden_NH = self.dhidden.view(-1, self.head.hidden_size)
-            dhidden_CH = product(chunk.dlogits_CV, self.head.weight, self.head.accumulator_dtype)
+            dhidden_CH = product(chunk.dlogits_CV, self.head.weight)
             if isinstance(chunk.tokens, int):
                 dhidden_NH[chunk.tokens : chunk.tokens + len(dhidden_CH)] = dhidden_CH
             else:
@@ -184,9 +206,11 @@ class HeadGradients:
             assert self.buffer_scale is not None
             add_product(self.grad_buffer, chunk.dlogits_CV.t(), chunk.hidden_CH, self.buffer_scale)
         elif self.dweight_VH is not None:
-            add_product(self.dweight_VH, chunk.dlogits_CV.t(), chunk.hidden_CH)
+            beta = 0 if self.num_added == 0 else 1
+            add_product(self.dweight_VH, chunk.dlogits_CV.t(), chunk.hidden_CH, beta=beta)
         if self.dbias_V is not None:
             self.dbias_V += chunk.dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
+        self.num_added += 1
 
 
 def early_and_late(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,39 +225,69 @@ def early_and_late(factor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ldexp(mantissa, early), torch.ldexp(torch.ones_like(factor), exponent - early)
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b, accumulated over a long inner dimension and returned in `dtype`."""
-    if a.dtype == dtype:
+def multiplies(x: Tensor) -> bool:
+    """Say whether products of the type of `x` are fast on its device.
+
+    A CPU without instructions for a 16-bit type takes up to 100 times as long as in fp32.
+    """
+    if x.is_cuda or x.dtype.itemsize > 2:
+        return True
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, accumulated in fp32 over a long inner dimension."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if multiplies(a):
         return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
-    step = _slice_rows(a.shape[0] + b.shape[1], dtype)
+    total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    step = _slice_rows(a.shape[0] + b.shape[1], total.dtype)
     for first in range(0, a.shape[1], step):
         part = slice(first, first + step)
-        torch.addmm(total, a[:, part].to(dtype), b[part].to(dtype), out=total)
+        torch.addmm(total, a[:, part].float(), b[part].float(), out=total)
     return total
 
 
-def product_into(result: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write a @ b, accumulated in the type of `result`, which is wider than that of the factors."""
+def product_into(result: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Write a @ b + bias, accumulated in fp32, to a tensor of their type or a wider one."""
+    if a.dtype == result.dtype and multiplies(a):
+        if bias is None:
+            torch.mm(a, b, out=result)
+        else:
+            torch.addmm(bias, a, b, out=result)
+        return
     if a.is_cuda:
         torch.mm(a, b, out_dtype=result.dtype, out=result)
+        if bias is not None:
+            result += bias
         return
-    a = a.to(result.dtype)
-    step = _slice_rows(a.shape[1], result.dtype)
+    wide = torch.promote_types(result.dtype, torch.float32)
+    a = a.to(wide)
+    step = _slice_rows(a.shape[1], wide)
     for first in range(0, b.shape[1], step):
         part = slice(first, first + step)
-        torch.mm(a, b[:, part].to(result.dtype), out=result[:, part])
+        out = result[:, part] if result.dtype == wide else None
+        found = torch.mm(a, b[:, part].to(wide), out=out)
+        if bias is not None:
+            found += bias[part]
+        if out is None:
+            result[:, part] = found
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
-    """Add scale * a @ b to `total`, computed in its type and rounded once."""
-    if scale is None and a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
+def add_product(
+    total: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, *, beta: int = 1
+) -> None:
+    """Add scale * a @ b to `total`, computed in its type and rounded once; beta 0: write it."""
+    if scale is None and a.dtype == total.dtype and multiplies(a):
+        torch.addmm(total, a, b, beta=beta, out=total)
         return
     if scale is None and a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
         return
     # In slices: the CPU has no product of 16-bit matrices with an fp32 result, and a factor that is
     # known to the device only has no other place.
@@ -242,17 +296,18 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None
     step = _slice_rows(max(a.shape[1], b.shape[1]), wide)
     for first in range(0, a.shape[0], step):
         a_part, part = a[first : first + step], total[first : first + step]
-        if scale is None:
-            torch.addmm(part, a_part.to(wide), b, out=part)
-        elif a.dtype == wide or not a.is_cuda:
-            part += torch.mm(a_part.to(wide), b).mul_(scale)
-        else:
-            part += torch.mm(a_part, b, out_dtype=wide).mul_(scale)
+        if scale is None and total.dtype == wide:
+            torch.addmm(part, a_part.to(wide), b, beta=beta, out=part)
+            continue
+        mixed = a.is_cuda and a.dtype != wide
+        found = torch.mm(a_part, b, out_dtype=wide) if mixed else torch.mm(a_part.to(wide), b)
+        found = found if scale is None else found.mul_(scale)
+        part.copy_(found if beta == 0 else part + found)
 
 
 def _slice_rows(width: int, dtype: torch.dtype) -> int:
-    """Return how many rows of `width` make 32 MiB."""
-    return max(1, 32 * MIB // (max(width, 1) * dtype.itemsize))
+    """Return how many rows of `width` make 16 MiB."""
+    return max(1, 16 * MIB // (max(width, 1) * dtype.itemsize))
 
 
 def scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -44,7 +44,8 @@ class Recompute:
     ) -> None:
         self.head, self.batch, self.plan, self.config = head, batch, plan, config
         self.row_step, self.grad_buffer, self.grad_scale = row_step, grad_buffer, grad_scale
-        self.shape = tile_shape(head, plan.num_computed, chunk_rows, row_step.TEMPORARY_BYTES)
+        temporary_bytes = row_step.temporary_bytes(head.device)
+        self.shape = tile_shape(head, plan.num_computed, chunk_rows, temporary_bytes)
         self.kept_N = None if plan.skips else batch.mask_N
         self.rows = RowResults.zeros(batch, head.accumulator_dtype)
         self.found = self._statistics() if known is None else known
@@ -86,11 +87,14 @@ class Recompute:
         if head.needs_bias:
             dbias_V = zeros(head.vocabulary)
         buffers = head.buffers(self.shape[0] * self.shape[1])
+        goal = dtypes[1] if self.grad_buffer is None else self.grad_buffer.dtype
+        sum_dtype = head.sum_dtype(-(-run[1] // self.shape[0]), goal or head.dtype)
         for columns in pieces((0, head.vocabulary), self.shape[1]):
             part = slice(*columns)
             dweight_SH = None
             if head.needs_weight:
-                dweight_SH = zeros(columns[1] - columns[0], head.hidden_size)
+                shape = columns[1] - columns[0], head.hidden_size
+                dweight_SH = torch.zeros(shape, device=head.device, dtype=sum_dtype)
             for run_C, tile in self._rows_of(run, columns, buffers):
                 self.row_step.dlogits_rows(
                     tile.logits_CV, tile.dlogits_CV, tile.tokens, batch.ids_N, batch.mask_N,
@@ -144,21 +148,23 @@ def tile_shape(
 ) -> tuple[int, int]:
     """Return rows and columns of a tile such that all it needs stays within `TILE_BYTES`.
 
-    Rows are as many as leave room for 1,024 columns, since each pass over the rows re-reads them;
-    fewer columns where the hidden size is such that they would take more than half of the tile.
+    The row step's temporaries have their share. Rows are as many as leave room for 1,024 columns,
+    since each pass over the rows re-reads them; fewer columns where the hidden size is such that
+    they would take more than half of the tile.
     """
     wide, narrow = head.accumulator_dtype.itemsize, head.dtype.itemsize
-    per_logit = head.logits_dtype.itemsize + temporary_bytes * wide // 4
+    budget = TILE_BYTES - temporary_bytes
+    per_logit = head.logits_dtype.itemsize
     per_logit += narrow if head.logits_dtype != head.dtype else 0
     # Hidden states of the rows, and beside them those of the tile before, if rows are gathered, or
     # the converted ones that the CPU's products need.
     per_row = head.hidden_size * (narrow + wide)
     per_column = head.hidden_size * (wide + (wide if narrow < wide else 0))
-    columns = _power_of_two(min(1024, TILE_BYTES // 2 // per_column))
+    columns = _power_of_two(min(1024, budget // 2 // per_column))
     if chunk_rows is None:
-        rows = (TILE_BYTES - columns * per_column) // (per_row + columns * per_logit)
+        rows = (budget - columns * per_column) // (per_row + columns * per_logit)
         chunk_rows = max(1, min(rows, num_rows))
-    columns = (TILE_BYTES - chunk_rows * per_row) // (per_column + chunk_rows * per_logit)
+    columns = (budget - chunk_rows * per_row) // (per_column + chunk_rows * per_logit)
     return min(chunk_rows, max(num_rows, 1)), min(_power_of_two(columns), head.vocabulary)
 
 

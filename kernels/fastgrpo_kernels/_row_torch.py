@@ -8,16 +8,23 @@ C rows of a chunk, N tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from ._backend import MIB
 from ._inputs import TokenBatch
 from ._reduce import RowResults, Statistics
 from .config import GRPOLossConfig
 from .policy import policy_rows
 
-TEMPORARY_BYTES = 16
-"""Bytes per logit that a row step needs beside the logits: four fp32 values."""
+_SLAB_BYTES, _CPU_SLAB_BYTES = 16 * MIB, 4 * MIB
+
+
+def temporary_bytes(device: torch.device) -> int:
+    """Return what a row step needs beside the logits at most: four matrices like a slab."""
+    return 4 * _slab_bytes(device)
 
 
 def loss_rows(
@@ -73,7 +80,49 @@ def statistics_rows(
     last_columns: bool = True,
 ) -> None:
     """See `_row_triton.statistics_rows`."""
-    pick = _picked(tokens, len(logits_CV))
+    for rows, pick in _slabs(logits_CV, tokens):
+        _statistics(logits_CV[rows], pick, ids_N, mask_N, config, found, first_column, last_columns)
+
+
+def dlogits_rows(
+    logits_CV: Tensor,
+    dlogits_CV: Tensor,
+    tokens: int | Tensor,
+    ids_N: Tensor,
+    mask_N: Tensor | None,
+    config: GRPOLossConfig,
+    found: Statistics,
+    dlogps_N: Tensor,
+    dentropy_N: Tensor | None,
+    scale: Tensor | None = None,
+    first_column: int = 0,
+) -> None:
+    """See `_row_triton.dlogits_rows`."""
+    for rows, pick in _slabs(logits_CV, tokens):
+        _dlogits(
+            logits_CV[rows], dlogits_CV[rows], pick, ids_N, mask_N, config, found, dlogps_N,
+            dentropy_N, scale, first_column,
+        )  # fmt: skip
+
+
+def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
+    """See `_row_triton.scale_rows`."""
+    for rows, _ in _slabs(values_CV, 0):
+        slab = values_CV[rows]
+        slab.copy_(slab.to(torch.promote_types(slab.dtype, torch.float32)) * scale)
+
+
+def _statistics(
+    logits_CV: Tensor,
+    pick: slice | Tensor,
+    ids_N: Tensor,
+    mask_N: Tensor | None,
+    config: GRPOLossConfig,
+    found: Statistics,
+    first_column: int,
+    last_columns: bool,
+) -> None:
+    """Do `statistics_rows` for a slab."""
     z_CV = _softmax_logits(logits_CV, config)
     here_C, ids_C1 = _target(ids_N[pick] - first_column, z_CV)
     target_C = torch.where(here_C, z_CV.gather(1, ids_C1)[:, 0], torch.nan)
@@ -95,11 +144,11 @@ def statistics_rows(
         rest_C = moment_C = torch.zeros_like(largest_C)
     base_C = torch.where(largest_C == -torch.inf, 0, largest_C)
     z_CV -= base_C[:, None]
+    z_CV.clamp_(min=torch.finfo(z_CV.dtype).min)  # -inf columns would give 0 * -inf below
     e_CV = z_CV.exp()
     e_CV.scatter_(1, ids_C1, torch.where(here_C[:, None], 0, e_CV.gather(1, ids_C1)))
     rest_C = rest_C + e_CV.sum(1)
-    # -inf columns have e = 0 and would give 0 * -inf.
-    moment_C = moment_C + e_CV.mul_(z_CV.masked_fill_(e_CV == 0, 0)).sum(1)
+    moment_C = moment_C + e_CV.mul_(z_CV).sum(1)
     if found.rest_N is not None and found.moment_N is not None and found.target_N is not None:
         found.largest_N[pick], found.rest_N[pick] = largest_C, rest_C
         found.moment_N[pick], found.target_N[pick] = moment_C, target_C
@@ -116,21 +165,20 @@ def statistics_rows(
         place_N[pick] = result_C if mask_N is None else torch.where(mask_N[pick], result_C, 0)
 
 
-def dlogits_rows(
+def _dlogits(
     logits_CV: Tensor,
     dlogits_CV: Tensor,
-    tokens: int | Tensor,
+    pick: slice | Tensor,
     ids_N: Tensor,
     mask_N: Tensor | None,
     config: GRPOLossConfig,
     found: Statistics,
     dlogps_N: Tensor,
     dentropy_N: Tensor | None,
-    scale: Tensor | None = None,
-    first_column: int = 0,
+    scale: Tensor | None,
+    first_column: int,
 ) -> None:
-    """See `_row_triton.dlogits_rows`."""
-    pick = _picked(tokens, len(logits_CV))
+    """Do `dlogits_rows` for a slab."""
     dlogps_C, logps_C = dlogps_N[pick], found.logps_N[pick]
     dentropy_C = torch.zeros_like(dlogps_C) if dentropy_N is None else dentropy_N[pick]
     if scale is not None:
@@ -143,11 +191,11 @@ def dlogits_rows(
     here_C, ids_C1 = _target(ids_N[pick] - first_column, log_p_CV)
     log_p_CV -= found.largest_N[pick][:, None]
     log_p_CV -= found.log_sum_N[pick][:, None]
-    gradient_CV = log_p_CV.exp()
     d_target_C = -dlogps_C * logps_C.expm1()
     if dentropy_N is None:
-        gradient_CV *= -dlogps_C[:, None]
+        gradient_CV = log_p_CV.exp_().mul_(-dlogps_C[:, None])
     else:
+        gradient_CV = log_p_CV.exp()
         entropy_C = found.entropy_N[pick]
         surprise_CV = log_p_CV.add_(entropy_C[:, None]).masked_fill_(gradient_CV == 0, 0)
         gradient_CV *= surprise_CV.mul_(dentropy_C[:, None]).add_(dlogps_C[:, None]).neg_()
@@ -155,13 +203,13 @@ def dlogits_rows(
         d_target_C = d_target_C - torch.where(p_C > 0, dentropy_C * p_C * (logps_C + entropy_C), 0)
     there_C1 = gradient_CV.gather(1, ids_C1)
     gradient_CV.scatter_(1, ids_C1, torch.where(here_C[:, None], d_target_C[:, None], there_C1))
-    dlogits_CV.copy_(gradient_CV.mul_(slope_CV))
-    dlogits_CV.masked_fill_(nothing_C[:, None], 0)
-
-
-def scale_rows(values_CV: Tensor, scale: Tensor) -> None:
-    """See `_row_triton.scale_rows`."""
-    values_CV.copy_(values_CV.to(torch.promote_types(values_CV.dtype, torch.float32)) * scale)
+    if isinstance(slope_CV, Tensor) or slope_CV != 1:
+        gradient_CV *= slope_CV
+    dlogits_CV.copy_(gradient_CV)
+    if nothing_C.is_cpu:
+        dlogits_CV[nothing_C] = 0
+    else:  # where a list of rows would have to be waited for
+        dlogits_CV.masked_fill_(nothing_C[:, None], 0)
 
 
 def _objective(
@@ -188,11 +236,34 @@ def _picked(tokens: int | Tensor, count: int) -> slice | Tensor:
     return slice(tokens, tokens + count) if isinstance(tokens, int) else tokens
 
 
+def _slab_bytes(device: torch.device) -> int:
+    """Return how many bytes of logits, in the type of the statistics, are worked on at a time.
+
+    On a CPU so few that temporaries stay in its cache, and in memory that the process has: of a
+    large block every page is new each time. On a GPU so many that launches are not what takes time.
+    """
+    return _CPU_SLAB_BYTES if device.type == "cpu" else _SLAB_BYTES
+
+
+def _slabs(logits_CV: Tensor, tokens: int | Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Cut rows into slabs: their place in the chunk, and the index of their tokens."""
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    row_bytes = logits_CV.shape[1] * wide.itemsize
+    count = max(1, _slab_bytes(logits_CV.device) // row_bytes)
+    for first in range(0, len(logits_CV), count):
+        rows = slice(first, min(first + count, len(logits_CV)))
+        if isinstance(tokens, int):
+            yield rows, slice(tokens + rows.start, tokens + rows.stop)
+        else:
+            yield rows, tokens[rows]
+
+
 def _softmax_logits(logits_CV: Tensor, config: GRPOLossConfig) -> Tensor:
     """Return a copy as the softmax sees it: scaled, capped, divided by the temperature."""
     z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32), copy=True)
     if config.logit_softcap is None:
-        return z_CV.mul_(config.logit_scale / config.temperature)
+        factor = config.logit_scale / config.temperature
+        return z_CV if factor == 1 else z_CV.mul_(factor)
     cap = config.logit_softcap
     return z_CV.mul_(config.logit_scale / cap).tanh_().mul_(cap / config.temperature)
 

@@ -19,8 +19,10 @@ from ._reduce import RowResults, Statistics
 from ._sequence import objective_kernel
 from .config import GRPOLossConfig
 
-TEMPORARY_BYTES = 0
-"""Bytes per logit that a row step needs beside the logits."""
+
+def temporary_bytes(device: torch.device) -> int:
+    """Return what a row step needs beside the logits: the kernels have it in registers."""
+    return 0
 
 
 def loss_rows(

@@ -71,12 +71,20 @@ class SinglePass:
         row_step: ModuleType,
         grad_buffer: Tensor | None = None,
         grad_scale: float = 1.0,
+        in_graph: bool = False,
     ) -> None:
         self.head, self.batch, self.plan, self.config = head, batch, plan, config
         self.size, self.row_step = chunk_rows, row_step
         self.rows = RowResults.zeros(batch, head.accumulator_dtype)
         self.early, self.power = early_and_late(1 / batch.denominator)
-        self.gradients = HeadGradients(head, grad_buffer, self.power * grad_scale)
+        num_chunks = -(-plan.num_gradient // chunk_rows)
+        self.gradients = HeadGradients(
+            head,
+            grad_buffer,
+            self.power * grad_scale,
+            num_chunks=num_chunks,
+            sum_dtype=None if in_graph else head.sum_dtype(num_chunks, head.leaves[1].dtype),
+        )
         self.buffers = head.buffers(chunk_rows * head.vocabulary)
         # Computed or not, a masked row must not reach the gradient of the weight: 0 * NaN is NaN.
         self.kept_N = None if plan.skips else batch.mask_N

@@ -151,7 +151,9 @@ def linear_grpo_loss(  # noqa: D417 - the memo is not the caller's
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):
         if way == "single_pass":
             chunk = head.chunk_rows(chunk_rows, plan.num_computed, row_step)
-            call = SinglePass(head, seen, plan, config, chunk, row_step, grad_buffer, grad_scale)
+            call = SinglePass(
+                head, seen, plan, config, chunk, row_step, grad_buffer, grad_scale, memo.in_graph
+            )
         else:
             check_chunk_rows(chunk_rows)
             call = Recompute(
@@ -286,7 +288,9 @@ class _LinearLogps(torch.autograd.Function):
             head.holding(hidden, weight, bias),
             torch.autocast(head.device.type, enabled=False),
         ):
-            gradients = HeadGradients(head)
+            num_chunks = -(-num_rows // chunk_rows)
+            dtype = head.sum_dtype(num_chunks, ctx.dtypes[1])
+            gradients = HeadGradients(head, num_chunks=num_chunks, sum_dtype=dtype)
             buffers = head.buffers(chunk_rows * head.vocabulary)
             for run in pieces((0, num_rows), chunk_rows):
                 chunk = head.chunk(run, tokens_K, buffers)

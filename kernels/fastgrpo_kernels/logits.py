@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import once_differentiable
-from ._backend import chunk_rows_for, row_backend
+from ._backend import row_backend
 from ._checks import check_ids, check_inplace, check_logits, check_statistics
 from ._compiled import Expected, Memo, opaque_when_compiled
 from ._inputs import ACTIVE, TokenBatch, flat_mask, flatten, upstream_vectors
@@ -161,8 +161,8 @@ class _WrittenGradient(torch.autograd.Function):
                 "inplace=False to run backward twice"
             )
         gradient, ctx.gradient = ctx.gradient, None
-        for _, piece, _ in _pieces(gradient, None, ctx.row_step):
-            ctx.row_step.scale_rows(piece, upstream)
+        for _, matrix, _ in _matrices(gradient, None):
+            ctx.row_step.scale_rows(matrix, upstream)
         return gradient, None, None
 
 
@@ -214,7 +214,7 @@ class _Call:
         batch, config, row_step, rows = self.batch, self.config, self.row_step, self.rows
         wants_gradient = self.dlogps_N is not None
         if needs_whole_sequences(batch, config) or (config.couples_rows and not inplace):
-            for first, logits_CV, _ in _pieces(logits, None, row_step):
+            for first, logits_CV, _ in _matrices(logits, None):
                 row_step.statistics_rows(
                     logits_CV, first, batch.ids_N, batch.mask_N, config, self.found
                 )
@@ -229,7 +229,7 @@ class _Call:
         written = logits if wants_gradient and inplace else None
         scale = None if written is None else 1 / batch.denominator
         kept = self.found if wants_gradient and not inplace else None
-        for first, logits_CV, dlogits_CV in _pieces(logits, written, row_step):
+        for first, logits_CV, dlogits_CV in _matrices(logits, written):
             row_step.loss_rows(
                 logits_CV, dlogits_CV, first, row_batch, rows, row_config, scale, kept,
                 self.dlogps_N,
@@ -245,7 +245,7 @@ class _Call:
         scale = (1 if upstream is None else upstream) / batch.denominator
         weight_N = batch.entropy_weight_N
         dentropy_N = None if weight_N is None else -weight_N
-        for first, logits_CV, dlogits_CV in _pieces(logits, gradient, self.row_step):
+        for first, logits_CV, dlogits_CV in _matrices(logits, gradient):
             self.row_step.dlogits_rows(
                 logits_CV, dlogits_CV, first, batch.ids_N, batch.mask_N, self.config, self.found,
                 self.dlogps_N, dentropy_N, scale,
@@ -260,7 +260,7 @@ class _SelectiveLogps(torch.autograd.Function):
             dtype = torch.promote_types(logits.dtype, torch.float32)
             logps_N = torch.zeros(ids_N.shape, device=logits.device, dtype=dtype)
             found = memo.statistics = Statistics.beside(logps_N, torch.zeros_like(logps_N))
-            for first, logits_CV, _ in _pieces(logits, None, row_step):
+            for first, logits_CV, _ in _matrices(logits, None):
                 row_step.statistics_rows(logits_CV, first, ids_N, mask_N, config, found)
         ctx.save_for_backward(logits, ids_N, mask_N, *found.tensors())
         ctx.options = config, row_step
@@ -274,7 +274,7 @@ class _SelectiveLogps(torch.autograd.Function):
         config, row_step = ctx.options
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dlogps_N, dentropy_N = upstream_vectors(dlogps_N, dentropy_N)
-        for first, logits_CV, dlogits_CV in _pieces(logits, gradient, row_step):
+        for first, logits_CV, dlogits_CV in _matrices(logits, gradient):
             row_step.dlogits_rows(
                 logits_CV, dlogits_CV, first, ids_N, mask_N, config, Statistics(*found), dlogps_N,
                 dentropy_N,
@@ -282,39 +282,21 @@ class _SelectiveLogps(torch.autograd.Function):
         return gradient, *[None] * 5
 
 
-def _pieces(
-    logits: Tensor, dlogits: Tensor | None, row_step: ModuleType
+def _matrices(
+    logits: Tensor, dlogits: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Cut logits into matrices: one, or one a sequence if they are a strided view.
-
-    A row step that needs temporaries gets no more rows at a time than their budget allows.
-    """
+    """Cut logits into matrices: one, or one a sequence if they are a strided view."""
     vocabulary = logits.shape[-1]
     mergeable = logits.dim() == 2 or logits.is_contiguous()
     matrices = [logits.view(-1, vocabulary)] if mergeable else list(logits.unbind(0))
     dlogits_NV = None if dlogits is None or dlogits is logits else dlogits.view(-1, vocabulary)
     first = 0
     for matrix in matrices:
-        step = len(matrix)
-        if row_step.TEMPORARY_BYTES:
-            step = chunk_rows_for(
-                None,
-                num_rows=len(matrix),
-                hidden_size=0,
-                vocabulary=vocabulary,
-                dtype=logits.dtype,
-                logits_dtype=logits.dtype,
-                device=logits.device,
-                backend=row_step,
-                with_weight_gradient=False,
-            )
-        for start in range(0, len(matrix), max(step, 1)):
-            piece = matrix[start : start + step]
-            if dlogits is None:
-                dpiece = None
-            elif dlogits_NV is None:
-                dpiece = piece
-            else:
-                dpiece = dlogits_NV[first : first + len(piece)]
-            yield first, piece, dpiece
-            first += len(piece)
+        if dlogits is None:
+            dmatrix = None
+        elif dlogits_NV is None:
+            dmatrix = matrix
+        else:
+            dmatrix = dlogits_NV[first : first + len(matrix)]
+        yield first, matrix, dmatrix
+        first += len(matrix)

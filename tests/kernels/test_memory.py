@@ -12,11 +12,11 @@ from counting import LiveBytes, config_of, silence_kernels
 from loss_cases import BACKENDS, DEVICE
 from torch import Tensor
 
-from fastgrpo_kernels import _backend, _head, _recompute, linear_grpo_loss, linear_logps
+from fastgrpo_kernels import _backend, _head, _recompute, _row_torch, linear_grpo_loss, linear_logps
 
 ON_CPU = DEVICE == "cpu"
 N, H, V, C = 96, 8, 64, 12
-SLICE = 32 * 32  # bytes of the converted slices of 16-bit products, here 1 KiB instead of 32 MiB
+SLICE = 16 * 32  # bytes of the converted slices of 16-bit products, here 512 instead of 16 MiB
 SCALED = 16 * 32  # elements of a gradient that backward scales at a time, instead of 16 Mi
 SCALARS = 160  # 0-d tensors
 
@@ -108,19 +108,19 @@ def peaks(
 def temporaries(c: Call, dtype: torch.dtype, backend: str, rows: int, columns: int) -> int:
     """Return the most that a matrix of logits needs beside itself, in bytes.
 
-    The torch row step holds two fp32 matrices (three with softcap, for its slope) and one of bool.
-    The CPU's products of 16-bit matrices hold one slice of each operand in fp32.
+    The torch row step holds two fp32 matrices of a slab, three with softcap, and one of bool. A CPU
+    adds up products of 16-bit matrices from one slice of each operand in fp32.
     """
     products = rows * H * 4
     if dtype == torch.bfloat16 and ON_CPU:
-        dhidden = rows * H * 4 + (rows + H) * min(SLICE // (4 * (rows + H)), columns) * 4
-        dweight = 2 * rows * H * 4 + rows * min(SLICE // (4 * rows), columns) * 4
-        products = max(dhidden, dweight)  # dX of the rows is there when dW is added
+        # dX of the rows is there when dW is added.
+        products = rows * H * (2 + 4) + rows * min(SLICE // (4 * rows), columns) * 4
     if backend == "triton":
         return products
-    statistics = 4 + 4 + 1
-    gradient = 4 + 4 + (4 if c.softcap else 0) + (1 if c.entropy_coef else 0)
-    return max(products, rows * columns * max(statistics, gradient))
+    statistics = 4 + 4
+    gradient = 4 + (4 if c.softcap else 0) + (4 + 1 if c.entropy_coef else 0)
+    slope = 4 + 4 + 4 if c.softcap else 0
+    return max(products, rows * columns * max(statistics, gradient, slope))
 
 
 def logits_bytes(c: Call, dtype: torch.dtype) -> int:
@@ -308,6 +308,7 @@ def test_default_chunk_stays_within_the_budget(
     mib = 2**20 // 32
     monkeypatch.setattr(_backend, "MIB", mib)
     monkeypatch.setattr(_head, "MIB", mib)
+    monkeypatch.setattr(_row_torch, "_CPU_SLAB_BYTES", 4 * mib)
     budget, c = 256 * mib, CALLS[name]
     rows, hidden_size, vocabulary = 700, 4, 3000
     hidden = torch.randn(rows, hidden_size, device="cpu").to(dtype).requires_grad_()
@@ -341,7 +342,7 @@ def test_default_chunk_stays_within_the_budget(
 @pytest.mark.parametrize("vocabulary", (50_000, 151_936))
 @backends
 def test_default_chunk_rows(backend: str, vocabulary: int) -> None:
-    from fastgrpo_kernels import _row_torch, _row_triton
+    from fastgrpo_kernels import _row_triton
 
     def rows(**changes: Any) -> int:
         arguments: dict[str, Any] = {
@@ -356,13 +357,13 @@ def test_default_chunk_rows(backend: str, vocabulary: int) -> None:
         }
         return _backend.chunk_rows_for(None, **(arguments | changes))
 
-    step = 16 if backend == "torch" else 0
-    a_row = vocabulary * (2 + step) + 1024 * 6
-    assert rows() * a_row <= 256 * 2**20 < (rows() + 16) * a_row
+    budget = (256 - (16 if backend == "torch" else 0)) * 2**20  # less the torch row step's slabs
+    a_row = vocabulary * 2 + 1024 * 6
+    assert rows() * a_row <= budget < (rows() + 16) * a_row
     assert rows() % 16 == 0
-    wide_row = vocabulary * (2 + 4 + step) + 1024 * 6  # the gradient has a place of its own
+    wide_row = vocabulary * (2 + 4) + 1024 * 6  # the gradient has a place of its own
     wide = rows(logits_dtype=torch.float32)
-    assert wide * wide_row <= 256 * 2**20 < (wide + 16) * wide_row
+    assert wide * wide_row <= budget < (wide + 16) * wide_row
     assert rows(num_rows=7) == 7
     assert rows(num_rows=0) == 1
     assert rows(vocabulary=10**9) == 1
