@@ -1,0 +1,147 @@
+"""Follows a trainer through its run: checks what it reports, times its phases, sees its memory.
+
+A step lasts until the next begins, with the loop, the data and the log. Of it,
+
+- generation is from prompts as text to completions as token ids;
+- scoring is all that comes then before the training: decoding, rewards, advantages, batches, and
+  old and reference log-probs if the loss needs them (with num_iterations 1 and beta 0 it does not);
+- training is forward, backward, clipping and the optimizer's step, of all micro-batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .measure import CpuAllocations, summary
+from .trainer_cells import TrainerCell
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Of the norm of the first gradient, relative to fp64: ten times what rounding was seen to do."""
+
+WARM_UP = 2
+"""Steps before those that are timed: the one that is checked, and one that samples as they do."""
+
+
+class WrongResult(Exception):
+    """A trainer did not do what it was asked to do; the message says what it did."""
+
+
+class Recorder:
+    """What an adapter tells of a trainer, step by step."""
+
+    def __init__(
+        self, cell: TrainerCell, device: str, plan: list[int | None], grad_norm: float | None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            cell: what is measured.
+            device: where.
+            plan: of each step, the length of the completions that are given instead of sampled, or
+                None where the trainer samples.
+            grad_norm: the exact norm of the first step's gradient; None: not checked.
+        """
+        self.cell, self.device, self.plan, self.grad_norm = cell, device, plan, grad_norm
+        self.error: float | None = None
+        self.peak = 0
+        self.steps: list[dict[str, float]] = []
+        self.reported = 0
+        self._start = 0.0
+        self._alive = 0
+        self._memory: CpuAllocations | None = None
+
+    def begin(self) -> None:
+        """A step begins, and the one before has ended."""
+        self.end()
+        if self.device == "cpu" and len(self.steps) == len(self.plan) - 1:
+            self._alive, self._memory = alive_bytes(), CpuAllocations()  # slows this last step
+        self.steps.append(defaultdict(float))
+        self._start = self._now()
+
+    def end(self) -> None:
+        """The last step has ended."""
+        if self.steps and "total" not in self.steps[-1]:
+            self.steps[-1]["total"] = self._now() - self._start
+        if self._memory is not None:
+            self.peak = self._alive + self._memory.stop()
+            self._memory = None
+        elif self.device == "cuda":
+            self.peak = torch.cuda.max_memory_allocated()
+
+    def given_length(self) -> int | None:
+        """Return the length of this step's completions if they are given, None if sampled."""
+        return self.plan[len(self.steps) - 1]
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that adds its time to a part of the step."""
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = self._now()
+            result = function(*args, **kwargs)
+            self.steps[-1][name] += self._now() - start
+            return result
+
+        return wrapper
+
+    def trained(self) -> None:
+        """The optimizer has made its step: what was not the rollout was training."""
+        step = self.steps[-1]
+        step["training"] = self._now() - self._start - step["rollout"]
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Check what the trainer logs of a step, in the names that both trainers use.
+
+        Raises:
+            WrongResult: not the work that was asked for, or the first gradient is wrong.
+        """
+        cell, length = self.cell, self.plan[self.reported] or self.cell.completion_length
+        wanted = {
+            "completions/min_length": length,
+            "completions/max_length": length,
+            "frac_reward_zero_std": 1 - cell.rho,
+        }
+        for name, value in wanted.items():
+            if metrics[name] != value:
+                raise WrongResult(f"{name} is {metrics[name]}, wanted {value}")
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise WrongResult(f"{name} is {metrics[name]}")
+        if self.reported == 0 and self.grad_norm is not None:
+            self.error = abs(metrics["grad_norm"] / self.grad_norm - 1)
+            if self.error > TOLERANCE[cell.dtype]:
+                raise WrongResult(
+                    f"the first gradient has norm {metrics['grad_norm']}, exact {self.grad_norm}"
+                )
+        self.reported += 1
+
+    def times(self) -> dict[str, list[float]]:
+        """Return `[min, median, max]` in milliseconds of each phase, and of the whole step."""
+        steps = self.steps[WARM_UP : WARM_UP + self.cell.steps]
+        for step in steps:
+            step["scoring"] = step["rollout"] - step["generation"]
+        return {
+            f"ms_{name}": summary([1e3 * step[name] for step in steps])
+            for name in ("generation", "scoring", "training", "total")
+        }
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def alive_bytes() -> int:
+    """Return the bytes of all tensors there are."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
+    return sum({(s := x.untyped_storage()).data_ptr(): s.nbytes() for x in tensors}.values())
