@@ -1,10 +1,11 @@
-# `make demo` trains a small model from scratch; `make test` runs the tests; `make peers` installs TRL
-# and Liger as well and runs the tests that hold us to them. All set up `.venv` first.
+# `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
+# loss with peers in miniature. `make peers` installs TRL and Liger as well and runs the tests that hold
+# us to them; `make benchmark` compares with them in full on a CPU. All set up `.venv` first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test peers lint clean
+.PHONY: demo test quick peers benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
@@ -12,8 +13,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+quick: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.loss --quick
+
 peers: $(VENV)/.benchmarks
 	$(BIN)/python -m pytest -m peers
+
+benchmark: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.loss --cpu
+	$(BIN)/python -m benchmarks.trainer --cpu
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -100,14 +100,26 @@ def _logps(hidden_NH: Tensor, weight: Tensor, ids_N: Tensor) -> Tensor:
 
 def quick_cells() -> list[Cell]:
     """Return tiny shapes for a CPU: is every peer right, and does the harness work?"""
+    shape = (64, 48, 320)
+    return [
+        Cell("linear", *shape, dtype="float32"),
+        Cell("linear", *shape, rho=0.5),
+        Cell("linear", *shape, frozen=True),
+        Cell("logits", *shape, dtype="float32"),
+        Cell("logps", *shape, dtype="float32"),
+    ]
+
+
+def every_cell() -> list[Cell]:
+    """Return every kind of cell in tiny, for the tests."""
+    types, shape = ("float32", "bfloat16"), (64, 48, 320)
     cells = [
-        Cell("linear", 64, 48, 320, rho, frozen, dtype)
-        for dtype in ("float32", "bfloat16")
+        Cell("linear", *shape, rho, frozen, dtype)
+        for dtype in types
         for rho in (1.0, 0.5)
         for frozen in (False, True)
     ]
-    cells += [Cell("logits", 64, 48, 320, dtype=dtype) for dtype in ("float32", "bfloat16")]
-    return [*cells, Cell("logps", 64, 48, 320, dtype="float32")]
+    return cells + [Cell(op, *shape, dtype=dtype) for op in ("logits", "logps") for dtype in types]
 
 
 def cpu_cells() -> list[Cell]:

@@ -13,57 +13,50 @@ a copy on the device are timed in the same run: what no method can beat.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import peers
+from . import peers, runs
 from .cells import QWEN, Cell, cpu_cells, gpu_cells, quick_cells
-from .measure import merged
+from .expected import surprises
+from .worker import record_of
 
 RESULTS = Path(__file__).parent / "results"
-_VERSIONS = (
-    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "verl",
-    "nvidia-cutlass-dsl", "fastgrpo",
-)  # fmt: skip
-_KEY = ("peer", "method", "op", "N", "H", "V", "rho", "frozen", "dtype")
+KEY = ("peer", "method", "op", "N", "H", "V", "rho", "frozen", "dtype")
+LIMIT_SECONDS = 3600.0  # of a peer's process
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = _parse(arguments)
-    device = "cuda" if options.gpu or options.emulate_memory else "cpu"
-    cells = quick_cells() if options.quick else cpu_cells() if options.cpu else gpu_cells()
-    if options.emulate_memory:
-        cells = [Cell("linear", 0, H, QWEN) for H in (896, 3584)]
-    if options.n:
-        cells = [cell for cell in cells if cell.N in options.n]
-    names = options.only or peers.NAMES
-    report = _header(options, device)
+    report = runs.header("benchmarks.loss", options.arguments, options.device)
     if options.out.exists():
         report |= json.loads(options.out.read_text())
     if not options.emulate_memory and not report["ceilings"]:
-        shapes = {(c.N, c.H, c.V, c.dtype): c for c in cells}
-        report["ceilings"] = list(_run("ceilings", list(shapes.values()), device, options))
-    for _ in range(options.rounds):
-        for name in names:
-            for record in _run(name, cells, device, options):
-                _add(report, record)
-                _show(record)
-                _write(options.out, report)
-    _add_ratios(report)
-    _write(options.out, report)
+        shapes = {(c.N, c.H, c.V, c.dtype): c for c in options.cells}
+        asked = {"cells": [cell.facts() for cell in shapes.values()]}
+        report["ceilings"] = list(_run("ceilings", asked, options))
+    for turn in range(options.rounds):
+        for name in options.only or peers.NAMES:
+            found = _records(name, options) if turn == 0 else _times(name, report, options)
+            for record in found:
+                key = KEY if options.emulate_memory is None else (*KEY[:3], *KEY[4:])
+                _show(runs.add(report, record, key))
+            add_ratios(report)
+            runs.write(options.out, report)
     print(f"wrote {options.out}")
+    if options.quick:
+        found = {_name(record): surprises(record) for record in report["records"]}
+        for name, words in found.items():
+            for word in words:
+                print(f"{name}: {word}", file=sys.stderr)
+        if any(found.values()):
+            raise SystemExit(1)
     return report
 
 
@@ -77,7 +70,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--quick", action="store_true", help="tiny shapes on a CPU")
     mode.add_argument("--cpu", action="store_true", help="N = 2048, H = 512, V = 32,000 on a CPU")
     mode.add_argument("--gpu", action="store_true", help="the shapes that matter on a GPU")
-    mode.add_argument("--emulate-memory", type=_gib, metavar="24GiB", help="the longest that fits")
+    mode.add_argument(
+        "--emulate-memory", type=runs.gib, metavar="24GiB", help="the longest that fits"
+    )
     parser.add_argument("--only", type=_names, help=f"some of {','.join(peers.NAMES)}")
     parser.add_argument("--n", type=_numbers, help="only cells with these numbers of tokens")
     parser.add_argument("--out", type=Path, help="JSON to write; one that exists is added to")
@@ -86,84 +81,71 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if (options.gpu or options.emulate_memory) and not torch.cuda.is_available():
         parser.error("no GPU here: use --quick or --cpu")
     kind = next(k for k in ("quick", "cpu", "gpu", "emulate_memory") if getattr(options, k))
+    options.device = "cpu" if kind in ("quick", "cpu") else "cuda"
+    cells = {"quick": quick_cells, "cpu": cpu_cells, "gpu": gpu_cells}
+    if options.emulate_memory:
+        options.cells = [Cell("linear", 0, H, QWEN) for H in (896, 3584)]
+    else:
+        options.cells = [c for c in cells[kind]() if not options.n or c.N in options.n]
+        if not options.cells:
+            have = ", ".join(str(n) for n in sorted({c.N for c in cells[kind]()}))
+            parser.error(f"--n {options.n}: no such cell; there are {have}")
     options.out = options.out or RESULTS / f"loss_{kind}_{date.today():%Y%m%d}.json"
     options.rounds = options.rounds or (3 if options.cpu else 1)
     options.arguments = sys.argv[1:] if arguments is None else arguments
-    options.seconds = 0.0 if options.quick else 1.0 if options.gpu else 15.0
+    options.seconds = {"quick": 0.0, "cpu": 4.0}.get(kind, 0.5)
     return options
 
 
-def _run(
-    name: str, cells: list[Cell], device: str, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Yield the records of one peer, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.worker", name, "--device", device]
-    command += ["--seconds", str(options.seconds)]
-    if options.emulate_memory:
-        command += ["--gib", str(options.emulate_memory)]
-    facts = json.dumps([cell.facts() for cell in cells])
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(facts)
-        process.stdin.close()
-        for line in process.stdout:
-            yield json.loads(line)
-        if process.wait() != 0:
-            log.seek(0)
-            last = (log.read().strip().splitlines() or ["no message"])[-1]
-            raise SystemExit(f"the process of {name} ended with {process.returncode}: {last}")
-
-
-def _header(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for package in _VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    machine: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        machine |= {"gpu": properties.name, "memory_gib": properties.total_memory / 2**30}
-    else:
-        machine |= {"processor": _processor()}
-    return {
-        "command": "python -m benchmarks.loss " + " ".join(options.arguments),
-        "date": f"{date.today():%Y-%m-%d}",
-        "machine": machine,
-        "versions": versions,
-        "ceilings": [],
-        "records": [],
+def _records(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the records of a peer; if its process dies, that is what is recorded of the rest."""
+    missing = {
+        (method.name, cell): method
+        for cell in options.cells
+        for method in peers.load(name).METHODS
+        if cell.op in method.ops
     }
+    asked = {"cells": [cell.facts() for cell in options.cells]}
+    try:
+        for record in _run(name, asked, options):
+            facts = {key: record[key] for key in Cell.__dataclass_fields__}
+            missing.pop((record["method"], Cell(**facts)), None)
+            yield record
+    except runs.ProcessFailed as error:
+        for method, cell in missing:
+            yield record_of(name, method, cell, {"status": f"failed: {error}"})
 
 
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
+def _times(
+    name: str, report: dict[str, Any], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yield one more round of the times of what is right; whoever fails now keeps his rounds."""
+    right: dict[Cell, list[str]] = {}
+    for record in report["records"]:
+        cell = Cell(**{key: record[key] for key in Cell.__dataclass_fields__})
+        if record["peer"] == name and record["status"] == "ok" and cell in options.cells:
+            right.setdefault(cell, []).append(record["method"])
+    asked = {"cells": [cell.facts() for cell in right], "methods": list(right.values())}
+    try:
+        yield from _run(name, asked, options) if right else ()
+    except runs.ProcessFailed as error:
+        print(f"{name}: {error}", file=sys.stderr)
 
 
-def _add(report: dict[str, Any], record: dict[str, Any]) -> None:
-    """Add a record, or one more round to the record that is there."""
-    key = [record[name] for name in _KEY]
-    for i, other in enumerate(report["records"]):
-        if [other[name] for name in _KEY] == key:
-            report["records"][i] = merged(other, record)
-            return
-    report["records"].append(merged(None, record))
+def _run(name: str, asked: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what a process of its own finds."""
+    arguments = [name, "--device", options.device, "--seconds", str(options.seconds)]
+    if options.emulate_memory:
+        arguments += ["--gib", str(options.emulate_memory)]
+    return runs.records("benchmarks.worker", arguments, asked, seconds=LIMIT_SECONDS)
 
 
-def _add_ratios(report: dict[str, Any]) -> None:
+def add_ratios(report: dict[str, Any]) -> None:
     """Add the time over that of the bare products, or of the bytes at the speed of a copy."""
     ceilings = {(c["N"], c["H"], c["V"], c["dtype"]): c for c in report["ceilings"]}
     for record in report["records"]:
         ceiling = ceilings.get((record["N"], record["H"], record["V"], record["dtype"]))
-        if record["status"] == "ok" and ceiling is not None and "ms_total" in record:
+        if ceiling is not None and record["ms_total"] is not None:
             record["ratio_to_ceiling"] = record["ms_total"][1] / ceiling_ms(record, ceiling)
 
 
@@ -179,29 +161,17 @@ def ceiling_ms(record: dict[str, Any], ceiling: dict[str, Any]) -> float:
 
 
 def _show(record: dict[str, Any]) -> None:
-    shape = f"{record['op']:6} N={record['N']} H={record['H']} V={record['V']} {record['dtype']}"
-    shape += f" rho={record['rho']}" + (" frozen" if record["frozen"] else "")
     found = record["status"]
-    if "ms_total" in record:
+    if record["ms_total"] is not None:
         mib = record["peak_extra_bytes"] / 2**20
         found = f"{record['ms_total'][1]:10.2f} ms {mib:10.1f} MiB"
-    print(f"{record['peer']:13}{record['method']:18}{shape:58}{found}", flush=True)
+    print(f"{_name(record):89}{found}", flush=True)
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
-    """Replace the file as a whole: an interrupted run leaves what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    part.replace(path)
-
-
-def _gib(text: str) -> float:
-    number = text.removesuffix("GiB")
-    try:
-        return float(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted 24GiB for example, got {text!r}") from None
+def _name(record: dict[str, Any]) -> str:
+    cell = f"{record['op']:6} N={record['N']} H={record['H']} V={record['V']} {record['dtype']}"
+    frozen = " frozen" if record["frozen"] else ""
+    return f"{record['peer']:13}{record['method']:18}{cell} rho={record['rho']}{frozen}"
 
 
 def _names(text: str) -> list[str]:

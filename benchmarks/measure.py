@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +45,28 @@ class LiveBytes(TorchDispatchMode):
         self.alive = {key: x for key, x in self.alive.items() if not x[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result
+
+
+class CpuAllocations:
+    """The most bytes that PyTorch allocates on a CPU from now on, beyond those it has.
+
+    The profiler sees what every allocation takes, compiled code's too, which `LiveBytes`, a mode of
+    the dispatcher, does not.
+    """
+
+    def __init__(self) -> None:
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.start()
+
+    def stop(self) -> int:
+        self.profiler.stop()
+        results = self.profiler.profiler.kineto_results
+        events = [event for event in results.events() if event.name() == "[memory]"]
+        alive = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            alive += event.nbytes()
+            peak = max(peak, alive)
+        return peak
 
 
 def exact_result(cell: Cell, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -166,9 +191,9 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
     }
 
 
-def is_wrong(error: dict[str, float], naive: dict[str, float]) -> bool:
-    """Say whether an error is more than rounding: over 4 times naive PyTorch's in the same type."""
-    return any(not error[name] <= 4 * naive[name] + 1e-5 for name in naive)
+def is_wrong(error: dict[str, float], naive: dict[str, float], tolerance: float = 4.0) -> bool:
+    """Say whether an error is more than rounding: naive PyTorch's in the same type, some times."""
+    return any(not error[name] <= tolerance * naive[name] + 1e-5 for name in naive)
 
 
 def time_call(trial: Trial, *, seconds: float, most: int = 30) -> dict[str, list[float]]:
@@ -216,10 +241,9 @@ def peak_extra_bytes(trial: Trial) -> int:
         trial.backward(trial.forward())
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        given = [x for x in vars(trial.inputs).values() if isinstance(x, Tensor)]
-        with LiveBytes(*given) as counter:
-            trial.backward(trial.forward())
-        peak = counter.peak
+        allocations = CpuAllocations()
+        trial.backward(trial.forward())
+        peak = allocations.stop()
     return peak - trial.returned_bytes()
 
 
@@ -251,21 +275,36 @@ def ceilings(cell: Cell, device: str) -> dict[str, Any]:
     return {
         "N": cell.N, "H": cell.H, "V": cell.V, "dtype": cell.dtype, "ms_products": times,
         "copy_bytes_per_second": 2 * source.numel() / (copy_ms / 1e3),
+        "clocks": gpu_clocks() if device == "cuda" else None,
     }  # fmt: skip
 
 
-def merged(record: dict[str, Any] | None, round: dict[str, Any]) -> dict[str, Any]:
-    """Add a round to a record: medians of medians, the widest range, and each round's median."""
-    total = round.get("ms_total")
-    if record is None or record["status"] != "ok" or total is None:
-        return round | ({} if total is None else {"rounds": [total[1]]})
-    found = round | {"rounds": [*record["rounds"], total[1]]}
-    for name in ("ms_forward", "ms_backward", "ms_total"):
-        (low, _, high), (low2, _, high2) = record[name], round[name]
-        medians = [*record.get(f"{name}_medians", [record[name][1]]), round[name][1]]
-        found[f"{name}_medians"] = medians
-        found[name] = [min(low, low2), statistics.median(medians), max(high, high2)]
-    return found
+def emulate_memory(gib: float) -> None:
+    """Make the GPU one of so much memory: to the allocator, and to those who ask how much it has.
+
+    Our loss takes the rows of its chunks from that; it would take those of the large card.
+    """
+    real, size = torch.cuda.get_device_properties, int(gib * 2**30)
+    torch.cuda.set_per_process_memory_fraction(size / real(0).total_memory)
+
+    def smaller(*device: Any, **named: Any) -> SimpleNamespace:
+        found = real(*device, **named)
+        facts = {name: getattr(found, name) for name in dir(found) if not name.startswith("_")}
+        return SimpleNamespace(**facts | {"total_memory": size})
+
+    torch.cuda.get_device_properties = smaller  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def gpu_clocks() -> dict[str, str] | None:
+    """Return what the driver says of the GPU's clocks, right after it was busy."""
+    names = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = found.stdout.splitlines()[0].split(",")
+    return dict(zip(names.split(","), map(str.strip, values), strict=True))
 
 
 def summary(values: list[float]) -> list[float]:

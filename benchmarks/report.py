@@ -1,162 +1,185 @@
 """Write the tables and plots of the benchmarks from their JSON: `python -m benchmarks.report`.
 
-Tables stand between `<!-- name -->` and `<!-- /name -->`, in `benchmarks/README.md` and the README;
-nobody types a number. `--check` changes nothing and fails if a table is not what the JSON gives.
+Tables stand between `<!-- name -->` and `<!-- /name -->` in the README and `benchmarks/README.md`;
+nobody types a number. `--check` changes nothing and fails if a page is not what the JSON gives.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from . import bars, plots, tables
+from .facts import (
+    Run,
+    cells,
+    device,
+    escaped,
+    facts,
+    is_ok,
+    mib,
+    newest,
+    number,
+    of_peer,
+    ours,
+    ratio,
+    reason,
+)
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", Path(__file__).parent / "README.md")
-OURS = "single_pass"
+GIB = 24
+SHORT = (
+    ("fastgrpo", "single_pass", "fastgrpo, single pass"),
+    ("fastgrpo", "recompute", "fastgrpo, recompute"),
+    ("naive", None, "plain PyTorch"),
+    ("trl", None, "TRL, fused head"),
+    ("liger_linear", None, "Liger, fused linear"),
+    ("liger_sm90", None, "Liger, for Hopper"),
+)
+"""The rows of the README's table: peer, method, and what a newcomer calls it."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.report", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
-    options = parser.parse_args()
-    stale = []
-    for page in PAGES:
-        text = page.read_text()
-        wanted = filled(text)
-        if wanted != text and options.check:
-            stale.append(page.relative_to(ROOT))
-        elif wanted != text:
-            page.write_text(wanted)
-    if stale:
-        sys.exit(f"{', '.join(map(str, stale))}: run python -m benchmarks.report")
-    if not options.check:
-        plot()
+    options = parser.parse_args(arguments)
+    results = root / "benchmarks" / "results"
+    wanted = pages(root)
+    drawings = {figure.name: figure for kind in plots.KINDS for figure in _figures(results, kind)}
+    drawn = {path.name for path in results.glob("*.png")}
+    if options.check:
+        stale = [name for name, text in wanted.items() if _read(root / name) != text]
+        stale += [f"benchmarks/results/{name}" for name in sorted(drawn ^ drawings.keys())]
+        if stale:
+            sys.exit(f"out of date: {', '.join(stale)}; run python -m benchmarks.report")
+        return
+    for name, text in wanted.items():
+        (root / name).write_text(text, encoding="utf-8")
+    for name in drawn - drawings.keys():
+        (results / name).unlink()
+    for figure in drawings.values():
+        figure.save(results)
 
 
-def filled(text: str) -> str:
-    """Return a page with the tables that its markers ask for."""
-    tables = {
-        "loss-cpu": lambda: loss_table("loss_cpu"),
-        "loss-gpu": lambda: loss_table("loss_gpu"),
+def pages(root: Path) -> dict[str, str]:
+    """Return the pages as they should be.
+
+    Raises:
+        SystemExit: a page has no place for a table.
+    """
+    results = root / "benchmarks" / "results"
+    blocks = {
+        "README.md": {"loss": short(results)},
+        "benchmarks/README.md": {
+            "trainer-gpu": _trainer(results, "gpu"),
+            "trainer-24gib": _largest_completion(results),
+            "trainer-cpu": _trainer(results, "cpu"),
+            "loss-gpu": _loss(results, "gpu"),
+            "memory-24gib": _largest_batch(results),
+            "loss-cpu": _loss(results, "cpu"),
+        },
     }
-    for name, table in tables.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = marked.sub(lambda found, t=table: found[1] + t() + found[2], text)
+    return {name: filled(name, _read(root / name), texts) for name, texts in blocks.items()}
+
+
+def filled(page: str, text: str, blocks: dict[str, str]) -> str:
+    """Return the text of a page with its blocks between their markers."""
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            sys.exit(
+                f"{page}: needs {begin} and {end} once, in this order, around what is generated"
+            )
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{block}\n\n{end}{rest.split(end)[1]}"
     return text
 
 
-def newest(prefix: str) -> dict[str, Any] | None:
-    """Return the newest run of a kind."""
-    runs = sorted(RESULTS.glob(f"{prefix}_*.json"))
-    return json.loads(runs[-1].read_text()) if runs else None
+def short(results: Path) -> str:
+    """Return the README's table: the methods a newcomer compares, at one cell."""
+    gpu = newest(results, "loss_gpu")
+    run = gpu or newest(results, "loss_cpu")
+    cell = _short_cell(run) if run else None
+    if run is None or cell is None:
+        return "Nothing has been measured on a GPU yet, so no speed is claimed here."
+    base = ours(cell)
+    rows = []
+    for peer, method, name in SHORT:
+        record = of_peer(cell, peer, method)
+        if record and is_ok(record):
+            times = number(ratio(record, base)) if base else ""
+            rows.append([name, number(record["ms_total"][1]), times, mib(record)])
+        else:
+            why = escaped(reason(record)) if record else tables.NO_RECORD
+            rows.append([f"{name} ({why})", "", "", ""])
+    shape = facts(cell[0], ("N", "H", "V", "dtype", "rho"))
+    said = (
+        f"Loss and gradients from hidden states, {shape}, on {escaped(device(run))}, {run['date']}:"
+    )
+    if gpu is None:
+        said = f"Nothing has been measured on a GPU yet, so no speed is claimed for one. {said}"
+    columns = ["", ">ms", ">over single pass", ">extra memory, MiB"]
+    return f"{said}\n\n{tables.table(columns, rows)}"
 
 
-def loss_table(prefix: str) -> str:
-    """Return a run as a table: time, ratio to ours in the same round, memory, exactness."""
-    run = newest(prefix)
-    if run is None:
-        return "Not measured yet: no such device was at hand.\n"
-    lines = [
-        f"`{run['command']}`, {run['date']}, {_machine(run)}; "
-        + ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-        + ".",
-        "",
-        "| N, H, V | type | rho | peer | method | ms, median (min to max) | times ours | times the "
-        "bare products | MiB at the peak | GFLOP | error of dW over naive's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+def _short_cell(run: Run) -> list | None:
+    full = [
+        cell
+        for cell in cells(run["records"])
+        if (cell[0]["op"], cell[0]["rho"], cell[0]["frozen"]) == ("linear", 1, False)
     ]
-    for record in run["records"]:
-        ours = _ours(run["records"], record)
-        lines.append(_row(record, ours))
-    return "\n".join(lines) + "\n"
+    return next(
+        (cell for cell in full if cell[0]["dtype"] == "bfloat16"), full[0] if full else None
+    )
 
 
-def ratio(record: dict[str, Any], ours: dict[str, Any]) -> float:
-    """Return the median over rounds of a peer's time over ours in the same round."""
-    pairs = zip(record["rounds"], ours["rounds"], strict=False)
-    return statistics.median(theirs / mine for theirs, mine in pairs)
+def _loss(results: Path, where: str) -> str:
+    run = newest(results, f"loss_{where}")
+    if run is None:
+        return f"No run of the loss on a {where.upper()} is committed yet."
+    judged = bars.table_of_bars(run, bars.GPU if where == "gpu" else bars.CPU)
+    pictures = [figure.link for figure in _figures(results, f"loss_{where}")]
+    if len(pictures) > 4:
+        others = ["<details>\n<summary>The other heads</summary>", *pictures[1:-1], "</details>"]
+        pictures = [pictures[0], pictures[-1], *others]
+    return "\n\n".join([tables.provenance(run), judged, *pictures, *tables.loss(run)])
 
 
-def plot() -> None:
-    """Draw time and memory against N, one line a peer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    for prefix in ("loss_cpu", "loss_gpu"):
-        run = newest(prefix)
-        if run is None:
-            continue
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for axis, key, unit in ((axes[0], "ms", "ms"), (axes[1], "MiB", "MiB")):
-            for name, points in _lines(run["records"], key).items():
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-            axis.set(xlabel="N (tokens)", ylabel=unit, xscale="log", yscale="log")
-        axes[0].legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(RESULTS / f"{prefix}.png", dpi=120)
-        plt.close(figure)
+def _figures(results: Path, kind: str) -> list[plots.Drawing]:
+    run = newest(results, kind)
+    return plots.drawings(run, kind) if run else []
 
 
-def _lines(records: Iterable[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
-        if record["status"] != "ok" or record["op"] != "linear":
-            continue
-        if record["rho"] != 1 or record["frozen"]:
-            continue
-        value = record["ms_total"][1] if key == "ms" else record["peak_extra_bytes"] / 2**20
-        name = f"{record['peer']} {record['method']}, H={record['H']}, {record['dtype']}"
-        lines.setdefault(name, []).append((record["N"], value))
-    return lines
+def _trainer(results: Path, where: str) -> str:
+    run = newest(results, f"trainer_{where}")
+    if run is None:
+        return f"No run of the trainers on a {where.upper()} is committed yet."
+    return "\n\n".join([tables.provenance(run), *tables.trainer(run)])
 
 
-def _ours(records: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any] | None:
-    """Return our default method on the same cell."""
-    same = ("op", "N", "H", "V", "rho", "frozen", "dtype")
-    for other in records:
-        if other["peer"] == "fastgrpo" and other["status"] == "ok":
-            is_default = other["method"] in (OURS, "logits", "logps")
-            if is_default and all(other[key] == record[key] for key in same):
-                return other
-    return None
+def _largest_batch(results: Path) -> str:
+    run = newest(results, "loss_emulate_memory", GIB)
+    if run is None:
+        return f"No search for the largest batch within {GIB} GiB is committed yet."
+    found = tables.largest(run, GIB, "N", ("H", "V", "dtype", "frozen"), "largest N")
+    return "\n\n".join([tables.provenance(run), *found])
 
 
-def _row(record: dict[str, Any], ours: dict[str, Any] | None) -> str:
-    shape = f"{record['N']}, {record['H']}, {record['V']}"
-    kind = f"{record['rho']}" + (", frozen head" if record["frozen"] else "")
-    cells = [shape, record["dtype"], kind, record["peer"], record["method"]]
-    if record["status"] != "ok":
-        return "| " + " | ".join([*cells, record["status"], *[""] * 5]) + " |"
-    low, median, high = record["ms_total"]
-    error, naive = record["error_vs_fp64"], record["naive_error_vs_fp64"]
-    worst = max(error, key=lambda name: error[name] / max(naive[name], 1e-12))
-    if "weight" in error:
-        worst = "weight"
-    return "| " + " | ".join(
-        [
-            *cells,
-            f"{median:.0f} ({low:.0f} to {high:.0f})" if median > 100 else
-            f"{median:.2f} ({low:.2f} to {high:.2f})",
-            f"{ratio(record, ours):.2f}" if ours else "",
-            f"{record['ratio_to_ceiling']:.2f}" if "ratio_to_ceiling" in record else "",
-            f"{record['peak_extra_bytes'] / 2**20:.0f}",
-            f"{record['flops'] / 1e9:.0f}" + ("" if record["flops_counted"] else " (stated)"),
-            f"{error[worst] / max(naive[worst], 1e-12):.2f}",
-        ]
-    ) + " |"  # fmt: skip
+def _largest_completion(results: Path) -> str:
+    run = newest(results, "trainer_emulate_memory", GIB)
+    if run is None:
+        return f"No search for the longest completion within {GIB} GiB is committed yet."
+    keys = ("model", "prompts", "num_generations", "dtype", "frozen")
+    found = tables.largest(run, GIB, "longest_completion", keys, "longest completion, tokens")
+    return "\n\n".join([tables.provenance(run), *found])
 
 
-def _machine(run: dict[str, Any]) -> str:
-    machine = run["machine"]
-    return machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

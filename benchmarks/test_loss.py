@@ -5,15 +5,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from . import measure, peers, worker
-from .cells import Cell, make_inputs, quick_cells
+from . import loss, measure, peers, runs, worker
+from .cells import Cell, every_cell, make_inputs, quick_cells
+from .expected import surprises
 
-CELLS = quick_cells()
-# Products of 2NHV: forward, backward of hidden states, backward of the head.
+CELLS = every_cell()
+FACTS = {
+    "peer", "method", "op", "N", "H", "V", "rho", "frozen", "dtype", "status", "error_vs_fp64",
+    "ms_forward", "ms_backward", "ms_total", "ratio_to_ceiling", "peak_extra_bytes", "flops",
+}  # fmt: skip
 RUNNING = [(name, method) for name in ("fastgrpo", "naive") for method in peers.load(name).METHODS]
 
 
@@ -31,22 +39,33 @@ def name_of(value: Any) -> str:
 )
 def test_exactness_flops_and_bytes(peer: tuple[str, peers.Method], cell: Cell) -> None:
     name, method = peer
-    record = worker.measured(method, cell, "cpu", seconds=0.0)
-    assert record["status"] == "ok", record
-    product = 2 * cell.N * cell.H * cell.V
-    # Rows that cannot contribute get no gradient products, and naive PyTorch does not know them.
-    share = cell.rho if name == "fastgrpo" else 1.0
-    gradients = cell.products - 1
-    products = 0 if cell.op == "logits" else 1 + share * gradients
-    if method.name == "recompute":
-        products += share
-    assert record["flops"] == pytest.approx(products * product)
-    logits = cell.N * cell.V * (4 if cell.dtype == "float32" else 2)
-    if name == "naive" and cell.op == "linear":
-        assert record["peak_extra_bytes"] > logits
+    question = worker.Question(cell, "cpu")
+    record = worker.record_of(
+        name, method.name, cell, worker.measured(method, question, seconds=0.0)
+    )
+    assert surprises(record) == []
     for part in ("ms_forward", "ms_backward", "ms_total"):
         low, median, high = record[part]
         assert 0 <= low <= median <= high
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"status": "wrong"},
+        {"flops": 1},
+        {"peak_extra_bytes": 1},
+        {"peak_extra_bytes": 10**9},
+    ],
+    ids=str,
+)
+def test_a_surprise_is_named(change: dict[str, Any]) -> None:
+    cell = CELLS[0]
+    method = peers.load("fastgrpo").METHODS[0]
+    found = worker.measured(method, worker.Question(cell, "cpu"), seconds=0.0)
+    record = worker.record_of("fastgrpo", method.name, cell, found | change)
+    (words,) = surprises(record)
+    assert str(next(iter(change.values()))) in words
 
 
 def test_a_wrong_result_is_not_timed() -> None:
@@ -54,15 +73,15 @@ def test_a_wrong_result_is_not_timed() -> None:
     wrong = peers.Method(
         "wrong", ("linear",), lambda inputs: inputs.hidden.sum() + inputs.weight.sum()
     )
-    record = worker.measured(wrong, cell, "cpu", seconds=0.0)
+    record = worker.measured(wrong, worker.Question(cell, "cpu"), seconds=0.0)
     assert record["status"] == "wrong" and "ms_total" not in record
 
 
 def test_a_round_is_added_to_a_record() -> None:
-    first = measure.merged(None, {"status": "ok", **times(2.0)})
-    both = measure.merged(first, {"status": "ok", **times(4.0)})
+    first = runs.merged(None, {"status": "ok", **times(2.0)})
+    both = runs.merged(first, {"status": "ok", **times(4.0)})
     assert both["ms_total"] == [1.0, 3.0, 8.0] and both["rounds"] == [2.0, 4.0]
-    assert measure.merged(both, {"status": "failed: x"}) == {"status": "failed: x"}
+    assert runs.merged(both, {"status": "failed: x"}) == {"status": "failed: x"}
 
 
 def times(median: float) -> dict[str, list[float]]:
@@ -81,3 +100,61 @@ def test_time(benchmark: Any, method: tuple[str, peers.Method]) -> None:
         trial.backward(trial.forward())
 
     benchmark(step)
+
+
+def test_a_run_writes_every_fact_and_is_added_to(tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    loss.main(["--quick", "--only", "naive", "--out", str(out)])
+    loss.main(["--quick", "--only", "verl", "--out", str(out)])
+    run = json.loads(out.read_text())
+    assert run["versions"]["torch"] == torch.__version__ and run["machine"]["cores"] >= 1
+    assert {(c["N"], c["H"], c["V"]) for c in run["ceilings"]} == {(64, 48, 320)}
+    assert all(c["copy_bytes_per_second"] > 0 for c in run["ceilings"])
+    records = run["records"]
+    assert [r["op"] for r in records if r["peer"] == "naive"] == [c.op for c in quick_cells()]
+    for record in records:
+        assert record.keys() >= FACTS
+        if record["peer"] == "naive":
+            ceiling = run["ceilings"][0 if record["dtype"] == "float32" else 1]
+            least = loss.ceiling_ms(record, ceiling)
+            assert record["ratio_to_ceiling"] == record["ms_total"][1] / least
+        else:
+            assert record["status"] in ("not installed", "failed: needs a GPU")
+            assert record["ms_total"] is None and record["flops"] is None
+
+
+def test_a_process_that_dies_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells it did not come to say why, and the others go on."""
+    whole = runs.records
+
+    def dying(module: str, arguments: list[str], given: Any, **options: Any) -> Iterator[Any]:
+        found = whole(module, arguments, given, **options)
+        if arguments[0] != "naive":
+            yield from found
+            return
+        yield next(found)
+        raise runs.ProcessFailed("ended with -9: Killed")
+
+    monkeypatch.setattr(runs, "records", dying)
+    with pytest.raises(SystemExit):
+        loss.main(["--quick", "--only", "naive", "--out", str(tmp_path / "run.json")])
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert [r["status"] for r in run["records"]][:2] == ["ok", "failed: ended with -9: Killed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quick", "--only", "tlr"], "no peer 'tlr'; there are fastgrpo, naive"),
+        (["--quick", "--n", "65"], "no such cell; there are 64"),
+        (["--emulate-memory", "much"], "wanted 24GiB for example, got 'much'"),
+        ([], "one of the arguments --quick --cpu --gpu --emulate-memory is required"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        loss.main(arguments)
+    assert words in capsys.readouterr().err

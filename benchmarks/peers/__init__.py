@@ -39,6 +39,10 @@ class Method:
     """FLOPs in units of 2NHV, where the products run inside of kernels and nobody counts them."""
     extra_position: bool = False
     """The method wants logits (B, T + 1, V) and ignores the last position."""
+    chunk_rows: Callable[[Cell, str], int] | None = None
+    """Rows whose logits exist at a time, on a device, where one can ask."""
+    tolerance: float = 4.0
+    """How many times naive PyTorch's error, in the same type, an error may be and not be wrong."""
 
 
 def load(name: str) -> ModuleType:
@@ -47,16 +51,39 @@ def load(name: str) -> ModuleType:
 
 
 def missing(*packages: str) -> str | None:
-    """Say which of some packages is not installed, if one is not."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            return "not installed"
+    """Say that a package is not installed, if one is not."""
+    absent = any(importlib.util.find_spec(package) is None for package in packages)
+    return "not installed" if absent else None
+
+
+def needs_gpu(device: str) -> str | None:
+    """Say that a device is no GPU, if it is not."""
+    return None if device == "cuda" else "failed: needs a GPU"
+
+
+def broken(imports: Callable[[], object]) -> str | None:
+    """Say why what is installed cannot be imported, if it cannot."""
+    try:
+        imports()
+    except Exception as error:  # other people's packages fail to import in every way there is
+        return failure(error)
     return None
+
+
+def failure(error: Exception) -> str:
+    """Return the status of a peer that failed."""
+    text = (str(error).splitlines() or [""])[0][:200]
+    return f"failed: {type(error).__name__}: {text}"
 
 
 def recomputes(cell: Cell) -> int:
     """Products of a method that computes the logits again in backward."""
     return 1 if cell.op == "logps" else 3 if cell.frozen else 4
+
+
+def recomputes_always(cell: Cell) -> int:
+    """Products of a method that also computes the gradient of a frozen head, and drops it."""
+    return 1 if cell.op == "logps" else 4
 
 
 def torch_loss(logps: Tensor, inputs: Inputs) -> Tensor:

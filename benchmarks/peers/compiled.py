@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,21 +19,31 @@ def unavailable(device: str) -> str | None:
     return None
 
 
-@functools.cache
-def _compiled(with_head: bool):
-    def loss(rows: Tensor, weight: Tensor | None, inputs: Inputs) -> Tensor:
-        logits = torch.nn.functional.linear(rows, weight) if weight is not None else rows
-        return torch_loss(naive.logps_of(logits, inputs.ids), inputs)
+def _loss(rows: Tensor, weight: Tensor | None, inputs: Inputs) -> Tensor:
+    logits = torch.nn.functional.linear(rows, weight) if weight is not None else rows
+    return torch_loss(naive.logps_of(logits, inputs.ids), inputs)
 
-    return torch.compile(loss, dynamic=False)
+
+@functools.lru_cache(maxsize=1)
+def _compiled(*cell: object) -> Callable[..., Tensor]:
+    """Compile for one cell, from scratch: a ninth shape would silently run uncompiled."""
+    torch._dynamo.reset()
+    return torch.compile(_loss, dynamic=False, fullgraph=True)
+
+
+def _run(rows: Tensor, weight: Tensor | None, inputs: Inputs) -> Tensor:
+    frozen = weight is not None and not weight.requires_grad
+    of_weight = None if weight is None else weight.shape
+    return _compiled(rows.shape, rows.dtype, of_weight, frozen)(rows, weight, inputs)
 
 
 def linear(inputs: Inputs) -> Tensor:
-    return _compiled(True)(inputs.hidden, inputs.weight, inputs)
+    return _run(inputs.hidden, inputs.weight, inputs)
 
 
 def from_logits(inputs: Inputs) -> Tensor:
-    return _compiled(False)(inputs.logits, None, inputs)
+    assert inputs.logits is not None
+    return _run(inputs.logits, None, inputs)
 
 
 METHODS = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgrpo_kernels import grpo_loss, linear_grpo_loss, linear_logps
+from fastgrpo_kernels._backend import chunk_rows_for, row_backend
 
-from ..cells import Inputs
+from ..cells import Cell, Inputs
 from . import CONFIG, Method
 
 
@@ -44,9 +46,30 @@ def logps(inputs: Inputs) -> Tensor:
     return linear_logps(inputs.hidden, inputs.weight, inputs.ids, mask=inputs.mask)[0]
 
 
+def chunk_rows(cell: Cell, device: str) -> int:
+    """Ask how many rows the single pass takes at a time."""
+    dtype = getattr(torch, cell.dtype)
+    return chunk_rows_for(
+        None,
+        num_rows=cell.N,
+        hidden_size=cell.H,
+        vocabulary=cell.V,
+        dtype=dtype,
+        logits_dtype=dtype,
+        device=torch.device(device),
+        backend=row_backend("auto", torch.device(device), dtype),
+        with_weight_gradient=cell.op == "linear" and not cell.frozen,
+    )
+
+
 METHODS = [
-    Method("single_pass", ("linear",), lambda inputs: linear(inputs, method="single_pass")),
+    Method(
+        "single_pass",
+        ("linear",),
+        lambda inputs: linear(inputs, method="single_pass"),
+        chunk_rows=chunk_rows,
+    ),
     Method("recompute", ("linear",), lambda inputs: linear(inputs, method="recompute")),
     Method("logits", ("logits",), from_logits),
-    Method("logps", ("logps",), logps),
+    Method("logps", ("logps",), logps, chunk_rows=chunk_rows),
 ]

@@ -11,24 +11,30 @@ import torch
 from torch import Tensor
 
 from ..cells import Inputs
-from . import Method, missing, recomputes
+from . import CONFIG, Method, broken, missing, recomputes
 
 
 def unavailable(device: str) -> str | None:
-    return missing("trl")
+    return missing("trl") or broken(_imports)
+
+
+def _imports() -> tuple[Any, Any]:
+    import trl.trainer.grpo_trainer  # noqa: F401
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer import utils
+
+    return ChunkedLogProbFunction, utils
 
 
 def fused_head(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies as `trl.trainer.utils.add_fused_lm_head` computes them."""
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer import utils
-
-    found = ChunkedLogProbFunction.apply(
+    function, utils = _imports()
+    found = function.apply(
         inputs.hidden[inputs.mask], inputs.weight, None, inputs.ids[inputs.mask], 1.0,
         utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",),
     )  # fmt: skip
-    zeros = torch.zeros(inputs.mask.shape, device=inputs.mask.device)
-    logps, entropy = (x.new_zeros(zeros.shape).masked_scatter(inputs.mask, x) for x in found[:2])
+    mask = inputs.mask
+    logps, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found[:2])
     return logps, entropy
 
 
@@ -59,7 +65,8 @@ def _trainer(device: str) -> Any:
             lambda completions, **_: [0.0] * len(completions),
             args=trl.GRPOConfig(
                 output_dir=out, use_cpu=device == "cpu", bf16=False, gradient_checkpointing=False,
-                report_to=[], loss_type="dapo", epsilon=0.2, epsilon_high=0.28,
+                report_to=[], loss_type="dapo", epsilon=CONFIG.epsilon_low,
+                epsilon_high=CONFIG.epsilon_high,
                 per_device_train_batch_size=2, num_generations=2,
             ),
             train_dataset=datasets.Dataset.from_dict({"prompt": ["a"] * 2}),
