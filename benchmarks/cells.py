@@ -56,8 +56,9 @@ class Inputs:
 def make_inputs(cell: Cell, device: str) -> Inputs:
     """Make inputs whose logits look like those of a trained model: confident, but not always.
 
-    Random hidden states would give uniform distributions, which flatter methods that drop small
-    probabilities. Here half of the tokens point at their own row of the head.
+    Random hidden states would give nearly uniform distributions, which flatter methods that drop
+    small probabilities. Here half of the tokens have most of their probability, and the other half
+    are one of some hundred that are likely.
     """
     torch.manual_seed(0)
     dtype = getattr(torch, cell.dtype)
@@ -70,8 +71,9 @@ def make_inputs(cell: Cell, device: str) -> Inputs:
     ids = torch.randint(cell.V, (sequences, length), device=device)
     hidden = torch.randn(sequences, length, cell.H, **options)
     sure = torch.rand(sequences, length, 1, device=device) < 0.5
-    # Logits of standard deviation 1.5, and the target's about 12 above where the model is sure.
-    hidden = (hidden * 1.5 + sure * weight[ids] * 12 / cell.H**0.5) / cell.H**0.5
+    # Standard deviation of the logits, and how far the target's is above their mean.
+    spread, above = torch.where(sure, 1.5, 4.0), torch.where(sure, 12.0, 14.0)
+    hidden = (hidden * spread + weight[ids] * above / cell.H**0.5) / cell.H**0.5
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     advantages = torch.randn(sequences, device=device)
     advantages[: round(sequences * (1 - cell.rho))] = 0
@@ -123,12 +125,14 @@ def every_cell() -> list[Cell]:
 
 
 def cpu_cells() -> list[Cell]:
-    """Return the shape at which a CPU's time is spent in the products."""
-    return [
-        Cell("linear", 2048, 512, 32_000, rho, dtype=dtype)
+    """Return shapes at which a CPU's time is spent in the products; one with a real vocabulary."""
+    shape = (2048, 512, 32_000)
+    cells = [
+        Cell("linear", *shape, rho, dtype=dtype)
         for dtype in ("float32", "bfloat16")
         for rho in (1.0, 0.5)
     ]
+    return [*cells, Cell("linear", *shape, frozen=True), Cell("linear", 1024, 256, QWEN)]
 
 
 def gpu_cells() -> list[Cell]:

@@ -46,8 +46,17 @@ class Method:
 
 
 def load(name: str) -> ModuleType:
-    """Return the adapter of a peer: `unavailable(device) -> str | None` and `METHODS`."""
+    """Return the adapter of a peer.
+
+    It has `METHODS`, and two functions that say why it cannot run on a device, or None:
+    `absent(device)`, which imports nothing, and `unavailable(device)`, which does.
+    """
     return importlib.import_module(f".{name}", __package__)
+
+
+def absent(name: str, device: str) -> str | None:
+    """Say why a peer cannot run on a device, as far as one can tell without importing it."""
+    return load(name).absent(device)
 
 
 def missing(*packages: str) -> str | None:

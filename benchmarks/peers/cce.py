@@ -16,8 +16,12 @@ from ..cells import Inputs
 from . import Method, broken, missing, needs_gpu, recomputes, torch_loss
 
 
+def absent(device: str) -> str | None:
+    return missing("cut_cross_entropy") or needs_gpu(device)
+
+
 def unavailable(device: str) -> str | None:
-    return missing("cut_cross_entropy") or needs_gpu(device) or broken(_imports)
+    return absent(device) or broken(_imports)
 
 
 def _imports() -> Callable[..., Tensor]:

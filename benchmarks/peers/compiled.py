@@ -13,10 +13,13 @@ from ..cells import Inputs
 from . import Method, naive, torch_loss
 
 
-def unavailable(device: str) -> str | None:
+def absent(device: str) -> str | None:
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "failed: torch.compile needs a C++ compiler on a CPU"
     return None
+
+
+unavailable = absent
 
 
 def _loss(rows: Tensor, weight: Tensor | None, inputs: Inputs) -> Tensor:

@@ -12,8 +12,11 @@ from ..cells import Cell, Inputs
 from . import CONFIG, Method
 
 
-def unavailable(device: str) -> str | None:
+def absent(device: str) -> str | None:
     return None
+
+
+unavailable = absent
 
 
 def linear(inputs: Inputs, **options: str) -> Tensor:

@@ -1,10 +1,9 @@
-"""Liger's `LigerFusedLinearGRPOLoss`: chunks, gradients in the forward pass.
+"""Liger's `LigerFusedLinearGRPOLoss`: gradients in the forward pass, by chunks.
 
-As a careful user sets it up. The batch in one piece: by itself it takes one sequence at a time, and
-an fp32 gradient of the head for each; its own chunks of rows and of vocabulary bound the memory
-either way. Not compiled: only the loss of (B, T) log-probs would be, and calling `torch.compile` at
-each step costs more (12 ms a call instead of 2 on a CPU). TF32 for its products of gradients, which
-are in fp32.
+`default` is what one gets: compiled, one sequence at a time. `tuned` is what measures best: the
+batch in one piece (its own chunks of rows and of vocabulary bound the memory either way, and there
+is one fp32 gradient of the head instead of one a sequence), not compiled, and on a GPU TF32 for its
+products of gradients, which are in fp32.
 """
 
 from __future__ import annotations
@@ -21,8 +20,12 @@ from ..cells import Inputs
 from . import CONFIG, Method, broken, missing, recomputes
 
 
+def absent(device: str) -> str | None:
+    return missing("liger_kernel")
+
+
 def unavailable(device: str) -> str | None:
-    return missing("liger_kernel") or broken(_imports)
+    return absent(device) or broken(_imports)
 
 
 def _imports() -> Any:
@@ -32,10 +35,10 @@ def _imports() -> Any:
 
 
 @functools.cache
-def _loss(sequences: int) -> Any:
+def _loss(sequences: int, compiled: bool) -> Any:
     return _imports()(
         beta=0.0,
-        compiled=False,
+        compiled=compiled,
         use_ref_model=False,
         chunk_size=sequences,
         epsilon_low=CONFIG.epsilon_low,
@@ -55,19 +58,26 @@ def _tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def linear(inputs: Inputs) -> Tensor:
-    with _tf32() if inputs.hidden.is_cuda else contextlib.nullcontext():
-        loss, _metrics = _loss(len(inputs.ids))(
-            inputs.hidden,
-            inputs.weight,
-            inputs.ids,
-            inputs.mask.long(),
-            inputs.advantages,
-            old_per_token_logps=inputs.old_logps,
-        )
+def linear(inputs: Inputs, *, sequences: int = 1, compiled: bool = True) -> Tensor:
+    loss, _metrics = _loss(sequences, compiled)(
+        inputs.hidden,
+        inputs.weight,
+        inputs.ids,
+        inputs.mask.long(),
+        inputs.advantages,
+        old_per_token_logps=inputs.old_logps,
+    )
     return loss
+
+
+def tuned(inputs: Inputs) -> Tensor:
+    with _tf32() if inputs.hidden.is_cuda else contextlib.nullcontext():
+        return linear(inputs, sequences=len(inputs.ids), compiled=False)
 
 
 # `_ChunkedSelectiveLogProbFunction` computes the logits again in its backward, which is called in
 # the forward pass, and leaves out the gradient of a frozen head.
-METHODS = [Method("chunked", ("linear",), linear, recomputes)]
+METHODS = [
+    Method("default", ("linear",), linear, recomputes),
+    Method("tuned", ("linear",), tuned, recomputes),
+]

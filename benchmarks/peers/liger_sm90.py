@@ -15,9 +15,12 @@ from . import Method, broken, missing, needs_gpu, recomputes_always, torch_loss
 CAPABILITY = (9, 0)
 
 
+def absent(device: str) -> str | None:
+    return missing("liger_kernel", "cutlass") or needs_gpu(device)  # cutlass: nvidia-cutlass-dsl
+
+
 def unavailable(device: str) -> str | None:
-    reason = missing("liger_kernel", "cutlass")  # cutlass: the package nvidia-cutlass-dsl
-    return reason or needs_gpu(device) or _other_gpu() or broken(_kernels)
+    return absent(device) or _other_gpu() or broken(_kernels)
 
 
 def _other_gpu() -> str | None:

@@ -11,8 +11,12 @@ from ..cells import Inputs
 from . import CONFIG, Method, broken, missing, needs_gpu
 
 
+def absent(device: str) -> str | None:
+    return missing("liger_kernel") or needs_gpu(device)
+
+
 def unavailable(device: str) -> str | None:
-    return missing("liger_kernel") or needs_gpu(device) or broken(_imports)
+    return absent(device) or broken(_imports)
 
 
 def _imports() -> Callable[..., Any]:

@@ -9,8 +9,11 @@ from ..cells import Inputs
 from . import Method, torch_loss
 
 
-def unavailable(device: str) -> str | None:
+def absent(device: str) -> str | None:
     return None
+
+
+unavailable = absent
 
 
 def logps_of(logits: Tensor, ids: Tensor) -> Tensor:

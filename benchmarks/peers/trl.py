@@ -14,8 +14,12 @@ from ..cells import Inputs
 from . import CONFIG, Method, broken, missing, recomputes
 
 
+def absent(device: str) -> str | None:
+    return missing("trl")
+
+
 def unavailable(device: str) -> str | None:
-    return missing("trl") or broken(_imports)
+    return absent(device) or broken(_imports)
 
 
 def _imports() -> tuple[Any, Any]:
@@ -29,12 +33,23 @@ def _imports() -> tuple[Any, Any]:
 def fused_head(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies as `trl.trainer.utils.add_fused_lm_head` computes them."""
     function, utils = _imports()
+    hidden, ids, mask = inputs.hidden, inputs.ids, inputs.mask
+    compact = utils._use_triton(hidden.device)  # masked tokens are left out where Triton runs
     found = function.apply(
-        inputs.hidden[inputs.mask], inputs.weight, None, inputs.ids[inputs.mask], 1.0,
-        utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",),
-    )  # fmt: skip
-    mask = inputs.mask
-    logps, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found[:2])
+        hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1]),
+        inputs.weight,
+        None,
+        ids[mask] if compact else ids.reshape(-1),
+        1.0,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        ("entropy",),
+    )
+    if compact:
+        logps, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found[:2])
+    else:
+        logps, entropy = (x.view(mask.shape) for x in found[:2])
     return logps, entropy
 
 

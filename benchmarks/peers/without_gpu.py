@@ -25,7 +25,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from .. import measure, peers
 from ..cells import Cell, make_inputs
@@ -64,16 +63,6 @@ def key(method: peers.Method, cell: Cell) -> str:
     return json.dumps([method.name, method.ops, cell.facts()])
 
 
-class FlopCounter(FlopCounterMode):
-    """PyTorch's counter, which forgets `Tensor.addmm_`."""
-
-    def __init__(self) -> None:
-        def addmm(total: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-            return 2 * a[0] * a[1] * b[1]
-
-        super().__init__(display=False, custom_mapping={torch.ops.aten.addmm_: addmm})
-
-
 def measured(way: str, name: str) -> Iterator[dict[str, Any]]:
     methods = peers.load(name).METHODS
     for cell in CASES[way, name]:
@@ -84,7 +73,7 @@ def measured(way: str, name: str) -> Iterator[dict[str, Any]]:
         for method in methods:
             if cell.op in method.ops:
                 # Nothing that is compiled may run below the counter.
-                counter = FlopCounter() if name not in UNSEEN else contextlib.nullcontext()
+                counter = measure.FlopCounter() if name not in UNSEEN else contextlib.nullcontext()
                 with counter:
                     result = measure.Trial(cell, inputs, method).result()
                 record = {"key": key(method, cell), "naive": naive}

@@ -68,10 +68,11 @@ def chunk_rows_for(
     if chunk_rows is not None:
         check_chunk_rows(chunk_rows)
         return min(chunk_rows, max(num_rows, 1))
-    budget = 256 * MIB - backend.temporary_bytes(device)
+    budget = 256 * MIB
     if device.type == "cuda" and with_weight_gradient:
         total = torch.cuda.get_device_properties(device).total_memory
         budget = min(max(total // 32, budget), 4096 * MIB)
+    budget -= backend.temporary_bytes(device)
     # Logits, and of each row its hidden state and the fp32 gradient of that.
     row = vocabulary * dtype.itemsize + hidden_size * (dtype.itemsize + 4)
     row += vocabulary * logits_dtype.itemsize if logits_dtype != dtype else 0

@@ -43,7 +43,7 @@ class Memo:
 
     statistics: Statistics | None = None
     gradients: Sequence[Tensor] = ()  # a factor, and the leaves' gradients without it
-    in_graph: bool = True  # what comes must be as `Expected` says
+    in_graph: bool = False  # what comes must be as `Expected` says
 
 
 class Expected(NamedTuple):
@@ -86,7 +86,7 @@ def opaque_when_compiled(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
-                return function(Memo(in_graph=False), *args, **kwargs)
+                return function(Memo(), *args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             arguments = {n: x for n, x in _flat(bound.arguments) if x is not None}
@@ -234,7 +234,7 @@ _library.define(
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(function: str, *call: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     with _unpacked(call) as arguments:
-        memo = Memo()
+        memo = Memo(in_graph=True)
         found = _run(function, memo, arguments)
         # Copies: what an operator returns shares no memory, and here several may be one tensor.
         results = [x.detach().clone() for x in found]
@@ -265,7 +265,7 @@ def _(function: str, *call: Any) -> tuple[list[Tensor], list[Tensor], list[Tenso
 def _backward(function: str, *arguments_and_more: Any) -> list[Tensor]:
     *call, statistics, places, upstream = arguments_and_more
     with _unpacked(call) as arguments:
-        results = _run(function, Memo(Statistics(*statistics)), arguments)
+        results = _run(function, Memo(Statistics(*statistics), in_graph=True), arguments)
         leaves = [arguments[n] for n in call[-2]]
         return list(torch.autograd.grad([results[i] for i in places], leaves, upstream))
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import MIB, chunk_rows_for
+from ._backend import chunk_rows_for
 from ._checks import check_tensor
 from ._layout import check_device, same_tokens
 from ._plan import Run
+from ._products import add_product, product, product_into
 from ._sharding import gathered
 
 Tokens = int | Tensor  # the first token of a run of them, or their indices
@@ -161,7 +162,7 @@ class HeadGradients:
         grad_buffer: Tensor | None = None,
         buffer_scale: Tensor | None = None,
         *,
-        num_chunks: int = 2,
+        has_chunks: bool = True,
         sum_dtype: torch.dtype | None = None,
     ) -> None:
         """Make room for the gradients.
@@ -170,7 +171,7 @@ class HeadGradients:
             head: what they are of.
             grad_buffer: where that of the weight goes, if not into a tensor of its own.
             buffer_scale: its factor there.
-            num_chunks: how many there will be.
+            has_chunks: whether there will be any; the first is written, not added.
             sum_dtype: of the weight's; None: the accumulator's.
         """
         self.head, self.grad_buffer, self.buffer_scale = head, grad_buffer, buffer_scale
@@ -183,8 +184,7 @@ class HeadGradients:
         own_sum = head.needs_weight and grad_buffer is None
         self.dweight_VH = None
         if own_sum:
-            # The first chunk is written, not added.
-            make = torch.empty if num_chunks else torch.zeros
+            make = torch.empty if has_chunks else torch.zeros
             dtype = sum_dtype or head.accumulator_dtype
             self.dweight_VH = make(head.weight.shape, device=head.device, dtype=dtype)
         self.dbias_V = zeros(head.vocabulary) if head.needs_bias else None
@@ -223,105 +223,6 @@ def early_and_late(factor: Tensor) -> tuple[Tensor, Tensor]:
     mantissa, exponent = torch.frexp(factor)
     early = exponent.clamp(-6, 0)
     return torch.ldexp(mantissa, early), torch.ldexp(torch.ones_like(factor), exponent - early)
-
-
-def multiplies(x: Tensor) -> bool:
-    """Say whether products of the type of `x` are fast on its device.
-
-    A CPU without instructions for a 16-bit type takes up to 100 times as long as in fp32.
-    """
-    if x.is_cuda or x.dtype.itemsize > 2:
-        return True
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if x.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b, accumulated in fp32 over a long inner dimension."""
-    if a.is_cuda and a.dtype.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    if multiplies(a):
-        return torch.mm(a, b)
-    total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
-    step = _slice_rows(a.shape[0] + b.shape[1], total.dtype)
-    for first in range(0, a.shape[1], step):
-        part = slice(first, first + step)
-        torch.addmm(total, a[:, part].float(), b[part].float(), out=total)
-    return total
-
-
-def product_into(result: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    """Write a @ b + bias, accumulated in fp32, to a tensor of their type or a wider one."""
-    if a.dtype == result.dtype and multiplies(a):
-        if bias is None:
-            torch.mm(a, b, out=result)
-        else:
-            torch.addmm(bias, a, b, out=result)
-        return
-    if a.is_cuda:
-        torch.mm(a, b, out_dtype=result.dtype, out=result)
-        if bias is not None:
-            result += bias
-        return
-    wide = torch.promote_types(result.dtype, torch.float32)
-    a = a.to(wide)
-    step = _slice_rows(a.shape[1], wide)
-    for first in range(0, b.shape[1], step):
-        part = slice(first, first + step)
-        out = result[:, part] if result.dtype == wide else None
-        found = torch.mm(a, b[:, part].to(wide), out=out)
-        if bias is not None:
-            found += bias[part]
-        if out is None:
-            result[:, part] = found
-
-
-def add_product(
-    total: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, *, beta: int = 1
-) -> None:
-    """Add scale * a @ b to `total`, computed in its type and rounded once; beta 0: write it."""
-    if scale is None and a.dtype == total.dtype and multiplies(a):
-        torch.addmm(total, a, b, beta=beta, out=total)
-        return
-    if scale is None and a.is_cuda:
-        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-        return
-    # In slices: the CPU has no product of 16-bit matrices with an fp32 result, and a factor that is
-    # known to the device only has no other place.
-    wide = torch.promote_types(a.dtype, torch.float32)
-    b = b if a.is_cuda else b.to(wide)
-    step = _slice_rows(max(a.shape[1], b.shape[1]), wide)
-    for first in range(0, a.shape[0], step):
-        a_part, part = a[first : first + step], total[first : first + step]
-        if scale is None and total.dtype == wide:
-            torch.addmm(part, a_part.to(wide), b, beta=beta, out=part)
-            continue
-        mixed = a.is_cuda and a.dtype != wide
-        found = torch.mm(a_part, b, out_dtype=wide) if mixed else torch.mm(a_part.to(wide), b)
-        found = found if scale is None else found.mul_(scale)
-        part.copy_(found if beta == 0 else part + found)
-
-
-def _slice_rows(width: int, dtype: torch.dtype) -> int:
-    """Return how many rows of `width` make 16 MiB."""
-    return max(1, 16 * MIB // (max(width, 1) * dtype.itemsize))
-
-
-def scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return gradient * scale, multiplied in fp32 and rounded once to `dtype`, slice by slice."""
-    if gradient is None or (scale is None and gradient.dtype == dtype):
-        return gradient
-    result = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    flat, out = gradient.view(-1), result.view(-1)
-    step = 16 * MIB
-    for first in range(0, len(flat), step):
-        part = flat[first : first + step].to(wide)
-        out[first : first + step] = part if scale is None else part * scale
-    return result
 
 
 def _as_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

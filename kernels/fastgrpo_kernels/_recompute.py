@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ._autograd import once_differentiable
 from ._backend import MIB
-from ._head import Chunk, Head, add_product, early_and_late
+from ._head import Chunk, Head, early_and_late
 from ._inputs import TokenBatch
 from ._plan import RowPlan, Run, pieces
+from ._products import add_product
 from ._reduce import RowResults, Statistics
 from .config import GRPOLossConfig
 
@@ -87,8 +88,11 @@ class Recompute:
         if head.needs_bias:
             dbias_V = zeros(head.vocabulary)
         buffers = head.buffers(self.shape[0] * self.shape[1])
-        goal = dtypes[1] if self.grad_buffer is None else self.grad_buffer.dtype
-        sum_dtype = head.sum_dtype(-(-run[1] // self.shape[0]), goal or head.dtype)
+        sum_dtype = head.accumulator_dtype
+        # A GPU may split a product this small along its inner dimension and add up the parts in
+        # bf16; and a buffer would round the slice a second time.
+        if dweight_VH is not None and head.device.type == "cpu":
+            sum_dtype = head.sum_dtype(-(-run[1] // self.shape[0]), dweight_VH.dtype)
         for columns in pieces((0, head.vocabulary), self.shape[1]):
             part = slice(*columns)
             dweight_SH = None

@@ -246,16 +246,21 @@ def _slab_bytes(device: torch.device) -> int:
 
 
 def _slabs(logits_CV: Tensor, tokens: int | Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
-    """Cut rows into slabs: their place in the chunk, and the index of their tokens."""
+    """Cut rows into slabs: their place in the chunk, and the index of their tokens.
+
+    None is a row alone: PyTorch sums a single row in another order, by threads.
+    """
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     row_bytes = logits_CV.shape[1] * wide.itemsize
-    count = max(1, _slab_bytes(logits_CV.device) // row_bytes)
-    for first in range(0, len(logits_CV), count):
-        rows = slice(first, min(first + count, len(logits_CV)))
+    count = max(2, _slab_bytes(logits_CV.device) // row_bytes - 1)
+    first, end = 0, len(logits_CV)
+    while first < end:
+        last = end if end - first <= count + 1 else first + count
         if isinstance(tokens, int):
-            yield rows, slice(tokens + rows.start, tokens + rows.stop)
+            yield slice(first, last), slice(tokens + first, tokens + last)
         else:
-            yield rows, tokens[rows]
+            yield slice(first, last), tokens[first:last]
+        first = last
 
 
 def _softmax_logits(logits_CV: Tensor, config: GRPOLossConfig) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ._autograd import once_differentiable
-from ._head import Chunk, Head, HeadGradients, early_and_late, scaled
+from ._head import Chunk, Head, HeadGradients, early_and_late
 from ._inputs import TokenBatch
 from ._plan import RowPlan, Run, pieces
+from ._products import scaled
 from ._reduce import RowResults, Statistics
 from .config import GRPOLossConfig
 
@@ -82,7 +83,7 @@ class SinglePass:
             head,
             grad_buffer,
             self.power * grad_scale,
-            num_chunks=num_chunks,
+            has_chunks=num_chunks > 0,
             sum_dtype=None if in_graph else head.sum_dtype(num_chunks, head.leaves[1].dtype),
         )
         self.buffers = head.buffers(chunk_rows * head.vocabulary)

@@ -18,10 +18,11 @@ from ._autograd import once_differentiable
 from ._backend import MIB, check_chunk_rows, row_backend
 from ._checks import check_choice, check_ids, check_statistics, check_tensor
 from ._compiled import Expected, Memo, opaque_when_compiled
-from ._head import Head, HeadGradients, scaled
+from ._head import Head, HeadGradients
 from ._inputs import flat_mask, flatten, upstream_vectors
 from ._layout import Layout, check_device, flat
 from ._plan import RowPlan, pieces
+from ._products import scaled
 from ._recompute import Recompute, RecomputedGradients
 from ._reduce import Statistics, reduce_rows
 from ._single_pass import KnownGradients, SinglePass, needs_whole_sequences
@@ -290,7 +291,7 @@ class _LinearLogps(torch.autograd.Function):
         ):
             num_chunks = -(-num_rows // chunk_rows)
             dtype = head.sum_dtype(num_chunks, ctx.dtypes[1])
-            gradients = HeadGradients(head, num_chunks=num_chunks, sum_dtype=dtype)
+            gradients = HeadGradients(head, has_chunks=num_chunks > 0, sum_dtype=dtype)
             buffers = head.buffers(chunk_rows * head.vocabulary)
             for run in pieces((0, num_rows), chunk_rows):
                 chunk = head.chunk(run, tokens_K, buffers)

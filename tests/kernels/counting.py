@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import FlopCounter as FlopCounter
 from benchmarks.measure import LiveBytes as LiveBytes
 from fastgrpo_kernels import GRPOLossConfig
 
@@ -34,7 +34,7 @@ def config_of(loss: str, **options: Any) -> GRPOLossConfig:
 
 
 def flops(call: Callable[[], Tensor], backward: bool = True) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         result = call()
         if backward:
             result.backward()

@@ -12,7 +12,14 @@ from counting import LiveBytes, config_of, silence_kernels
 from loss_cases import BACKENDS, DEVICE
 from torch import Tensor
 
-from fastgrpo_kernels import _backend, _head, _recompute, _row_torch, linear_grpo_loss, linear_logps
+from fastgrpo_kernels import (
+    _backend,
+    _products,
+    _recompute,
+    _row_torch,
+    linear_grpo_loss,
+    linear_logps,
+)
 
 ON_CPU = DEVICE == "cpu"
 N, H, V, C = 96, 8, 64, 12
@@ -136,7 +143,7 @@ def test_peak_of_the_single_pass(
     backend: str, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk, dX, dW in fp32 and 21 to 61 bytes a token; 8 of those are returned."""
-    monkeypatch.setattr(_head, "MIB", 32)
+    monkeypatch.setattr(_products, "MIB", 32)
     c = CALLS[name]
     tensors, arguments = make_call(c, dtype)
     forward, backward, live = peaks(
@@ -162,7 +169,7 @@ def test_peak_of_the_single_pass(
     assert expected <= forward <= expected + slack
 
     # Backward: scaled copies, made in slices; the accumulators live on for a second backward.
-    converted = 4 * SCALED * (1 if itemsize == 4 else 2)
+    converted = 4 * SCALED
     kept = accumulators + 8 * N + N * H * itemsize  # log-probs and entropies are returned
     expected = kept + max(converted, V * H * itemsize + 4 * SCALED)
     assert expected <= backward <= expected + SCALARS
@@ -237,7 +244,7 @@ def test_rows_that_are_gathered_count_in_a_tile(
 ) -> None:
     """Listed rows are copies, and those of two tiles exist at once; everything 64 times smaller."""
     mib = 2**20 // 64
-    monkeypatch.setattr(_head, "MIB", mib)
+    monkeypatch.setattr(_products, "MIB", mib)
     monkeypatch.setattr(_recompute, "TILE_BYTES", _recompute.TILE_BYTES // 64)
     tokens = 2000
     hidden = torch.randn(tokens, hidden_size, device=DEVICE).to(dtype).requires_grad_()
@@ -274,7 +281,7 @@ def test_a_gradient_buffer_is_the_only_tensor_of_its_size(
     method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The peak is lower by all of dW: the accumulator, or what would be returned."""
-    monkeypatch.setattr(_head, "MIB", 32)
+    monkeypatch.setattr(_products, "MIB", 32)
     vocabulary = 4096
     hidden = torch.randn(N, H, device=DEVICE).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, H, device=DEVICE).to(dtype).requires_grad_()
@@ -307,7 +314,7 @@ def test_default_chunk_stays_within_the_budget(
 ) -> None:
     mib = 2**20 // 32
     monkeypatch.setattr(_backend, "MIB", mib)
-    monkeypatch.setattr(_head, "MIB", mib)
+    monkeypatch.setattr(_products, "MIB", mib)
     monkeypatch.setattr(_row_torch, "_CPU_SLAB_BYTES", 4 * mib)
     budget, c = 256 * mib, CALLS[name]
     rows, hidden_size, vocabulary = 700, 4, 3000
