@@ -42,11 +42,17 @@ class Bar:
     by_method: bool = True  # each of our methods has a row of its own
 
     def is_met(self, value: float) -> bool:
-        """Judge a value as it is printed, with two decimals."""
-        value = round(value, 2)
+        """Judge a value as it was measured, not as it is printed."""
         if self.sign == "<":
             return value < self.limit
         return value <= self.limit if self.sign == "<=" else value >= self.limit
+
+    def printed(self, value: float) -> str:
+        """Return two decimals, and more where these alone would be judged otherwise."""
+        digits = 2
+        while self.is_met(round(value, digits)) != self.is_met(value):
+            digits += 1
+        return f"{value:,.{digits}f}"
 
     def badness(self, value: float) -> float:
         return -value if self.sign == ">=" else value
@@ -92,7 +98,7 @@ def _verdict(run: Run, bar: Bar, found: list[tuple[float | str, Record]]) -> lis
     at = facts(mine, [key for key in varying if key != "dtype"])
     if not bar.by_method:
         at = f"{mine['method']}, {at}" if at else mine["method"]
-    return [f"{worst:,.2f}", at, f"{met} of {len(values)}", verdict]
+    return [bar.printed(worst), at, f"{met} of {len(values)}", verdict]
 
 
 def linear(
@@ -169,12 +175,13 @@ ALWAYS = (
     ),
     Bar("memory over 4NH + 128 MiB", linear("recompute"), over_recompute_memory, "<=", 1.0),
     Bar(
-        "error of gradients or log-probs over naive's", lambda _: True,
-        gradient_error, "<=", 1.0, False,
+        "error of gradients or log-probs over naive's, to 1%", lambda _: True,
+        gradient_error, "<=", 1.01, False,
     ),
     Bar(
-        f"error of the loss over naive's + {FLOOR:.1e}", lambda record: record["op"] != "logps",
-        loss_error, "<=", 1.0, False,
+        f"error of the loss over naive's + {FLOOR:.1e}, to 1%",
+        lambda record: record["op"] != "logps",
+        loss_error, "<=", 1.01, False,
     ),
 )  # fmt: skip
 

@@ -73,12 +73,13 @@ def of_peer(cell: list[Record], peer: str, method: str | None = None) -> Record 
 
 
 def ratio(record: Record, base: Record) -> float:
-    """Return a time over the base's in the same round, the median over the rounds."""
+    """Return a time over the base's in the same turn, the median over the turns both have."""
     pairs = zip(_rounds(record), _rounds(base), strict=False)
-    return statistics.median(theirs / mine for theirs, mine in pairs)
+    ratios = [theirs / mine for theirs, mine in pairs if theirs is not None and mine is not None]
+    return statistics.median(ratios) if ratios else record["ms_total"][1] / base["ms_total"][1]
 
 
-def _rounds(record: Record) -> list[float]:
+def _rounds(record: Record) -> list[float | None]:
     rounds = record.get("rounds")
     return rounds if isinstance(rounds, list) and rounds else [record["ms_total"][1]]
 

@@ -3,19 +3,22 @@
     python -m benchmarks.loss --quick                    tiny shapes on a CPU: does it all work?
     python -m benchmarks.loss --cpu                      a CPU-sized head, peers in turn, 3 rounds
     python -m benchmarks.loss --gpu                      the shapes that matter, on one GPU
-    python -m benchmarks.loss --gpu --only trl --out run.json      one peer, added to a run
+    python -m benchmarks.loss --gpu --only trl --out run.json      one peer, anew, in a run
     python -m benchmarks.loss --emulate-memory 24GiB     the longest batch that fits, by peer
 
 Every peer runs in a process of its own. A result that is wrong is not timed. The bare products and
 a copy on the device are timed in the same run: what no method can beat.
+
+A run that was interrupted goes on when it is started again, by the same code on the same machine.
+What the processes say, the tracebacks of what failed, is in a .log beside the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,31 +28,38 @@ import torch
 from . import peers, runs
 from .cells import QWEN, Cell, cpu_cells, gpu_cells, quick_cells
 from .expected import surprises
-from .worker import record_of
+from .worker import STICKY, record_of
 
 RESULTS = Path(__file__).parent / "results"
-KEY = ("peer", "method", "op", "N", "H", "V", "rho", "frozen", "dtype")
-LIMIT_SECONDS = 3600.0  # of a peer's process
+KEY = ("peer", "method", "op", "N", "H", "V", "rho", "frozen", "dtype", "gib")
+LIMIT_SECONDS = {"quick": 300.0, "cpu": 3600.0, "gpu": 240.0, "emulate_memory": 3600.0}
+RESTARTS = 3
+"""How often a peer's process is started again after it left the GPU in error."""
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = _parse(arguments)
     report = runs.header("benchmarks.loss", options.arguments, options.device)
-    if options.out.exists():
-        report |= json.loads(options.out.read_text())
-    if not options.emulate_memory and not report["ceilings"]:
-        shapes = {(c.N, c.H, c.V, c.dtype): c for c in options.cells}
-        asked = {"cells": [cell.facts() for cell in shapes.values()]}
-        report["ceilings"] = list(_run("ceilings", asked, options))
+    if options.resume:
+        report = runs.resumed(options.out, report)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if not report["records"]:
+        options.log.unlink(missing_ok=True)
+    if not options.emulate_memory:
+        _add_ceilings(report, options)
     for turn in range(options.rounds):
-        for name in options.only or peers.NAMES:
-            found = _records(name, options) if turn == 0 else _times(name, report, options)
-            for record in found:
-                key = KEY if options.emulate_memory is None else (*KEY[:3], *KEY[4:])
-                _show(runs.add(report, record, key))
+        for name in runs.rotated(options.only or peers.NAMES, turn):
+            for record in _records(name, _missing(name, turn, report, options), turn, options):
+                if turn > 0 and record["status"] != "ok":  # he keeps the rounds he has
+                    print(f"{_name(record)} turn {turn}: {record['status']}", file=sys.stderr)
+                    continue
+                _show(runs.add(report, record, options.key, turn))
+                runs.write(options.out, report)
             add_ratios(report)
             runs.write(options.out, report)
     print(f"wrote {options.out}")
+    if any(record["status"].startswith("failed: ") for record in report["records"]):
+        print(f"what failed, and where: {options.log}")
     if options.quick:
         found = {_name(record): surprises(record) for record in report["records"]}
         for name, words in found.items():
@@ -75,7 +85,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", type=_names, help=f"some of {','.join(peers.NAMES)}")
     parser.add_argument("--n", type=_numbers, help="only cells with these numbers of tokens")
-    parser.add_argument("--out", type=Path, help="JSON to write; one that exists is added to")
+    parser.add_argument("--out", type=Path, help="JSON to write; one that exists is completed")
     parser.add_argument("--rounds", type=int, help="how often every peer has its turn")
     options = parser.parse_args(arguments)
     if (options.gpu or options.emulate_memory) and not torch.cuda.is_available():
@@ -90,46 +100,82 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         if not options.cells:
             have = ", ".join(str(n) for n in sorted({c.N for c in cells[kind]()}))
             parser.error(f"--n {options.n}: no such cell; there are {have}")
+    if (options.only or options.n) and not options.out:
+        parser.error("--only and --n measure a part of a run: say of which with --out")
+    options.resume = options.out or not options.quick  # that one asks whether it works now
     options.out = options.out or RESULTS / f"loss_{kind}_{date.today():%Y%m%d}.json"
-    options.rounds = options.rounds or (3 if options.cpu else 1)
+    options.log = options.out.with_suffix(".log")
+    options.rounds = options.rounds or {"cpu": 3, "gpu": 2}.get(kind, 1)
+    options.key = KEY
+    if options.emulate_memory:  # N is what is looked for
+        options.key, options.rounds = tuple(name for name in KEY if name != "N"), 1
     options.arguments = sys.argv[1:] if arguments is None else arguments
     options.seconds = {"quick": 0.0, "cpu": 4.0}.get(kind, 0.5)
+    options.limit = LIMIT_SECONDS[kind]
     return options
 
 
-def _records(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the records of a peer; if its process dies, that is what is recorded of the rest."""
-    missing = {
-        (method.name, cell): method
-        for cell in options.cells
-        for method in peers.load(name).METHODS
-        if cell.op in method.ops
-    }
-    asked = {"cells": [cell.facts() for cell in options.cells]}
+def _add_ceilings(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Time the bare products of the shapes that a run does not have yet."""
+    shapes = {_shape(cell.facts()): cell.facts() for cell in options.cells}
+    have = {_shape(ceiling) for ceiling in report["ceilings"]}
+    asked = {"cells": [facts for shape, facts in shapes.items() if shape not in have]}
     try:
-        for record in _run(name, asked, options):
-            facts = {key: record[key] for key in Cell.__dataclass_fields__}
-            missing.pop((record["method"], Cell(**facts)), None)
-            yield record
+        for ceiling in _run("ceilings", asked, options) if asked["cells"] else ():
+            report["ceilings"].append(ceiling)
+            runs.write(options.out, report)
     except runs.ProcessFailed as error:
-        for method, cell in missing:
-            yield record_of(name, method, cell, {"status": f"failed: {error}"})
+        what = "the process that times the bare products"
+        raise SystemExit(f"error: {what} {error}; see {options.log}") from None
 
 
-def _times(
-    name: str, report: dict[str, Any], options: argparse.Namespace
+def _shape(facts: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(facts[name] for name in ("N", "H", "V", "dtype"))
+
+
+def _missing(
+    name: str, turn: int, report: dict[str, Any], options: argparse.Namespace
+) -> list[tuple[Cell, str]]:
+    """Return what a peer is to measure: what the run lacks, and all of it if he is named."""
+    found = []
+    for cell in options.cells:
+        for method in (m.name for m in peers.load(name).METHODS if cell.op in m.ops):
+            wanted = record_of(name, method, cell, {"gib": options.emulate_memory})
+            record = runs.find(report, wanted, options.key)
+            if turn == 0:
+                missing = bool(options.only) or not runs.is_done(record, 0)
+            else:
+                is_right = record is not None and record["status"] == "ok"
+                missing = is_right and not runs.is_done(record, turn)
+            if missing:
+                found.append((cell, method))
+    return found
+
+
+def _records(
+    name: str, missing: list[tuple[Cell, str]], turn: int, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Yield one more round of the times of what is right; whoever fails now keeps his rounds."""
-    right: dict[Cell, list[str]] = {}
-    for record in report["records"]:
-        cell = Cell(**{key: record[key] for key in Cell.__dataclass_fields__})
-        if record["peer"] == name and record["status"] == "ok" and cell in options.cells:
-            right.setdefault(cell, []).append(record["method"])
-    asked = {"cells": [cell.facts() for cell in right], "methods": list(right.values())}
-    try:
-        yield from _run(name, asked, options) if right else ()
-    except runs.ProcessFailed as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    """Yield a record of each; if the process dies, that is what is recorded of the rest."""
+    missing = list(missing)
+    reason = peers.absent(name, options.device)
+    for _ in range(1 + RESTARTS):
+        if reason is not None or not missing:
+            break
+        cells = list(dict.fromkeys(cell for cell, _ in missing))
+        methods = [[method for other, method in missing if other == cell] for cell in cells]
+        asked = {"cells": [cell.facts() for cell in cells], "methods": methods, "check": turn == 0}
+        try:
+            for record in _run(name, asked, options):
+                cell = Cell(**{key: record[key] for key in Cell.__dataclass_fields__})
+                cell = replace(cell, N=0) if options.emulate_memory else cell
+                missing.remove((cell, record["method"]))
+                yield record
+        except runs.ProcessFailed as error:
+            if error.code != STICKY:
+                reason = f"failed: {error}"
+    reason = reason or "failed: the GPU was in error too often"
+    for cell, method in missing:
+        yield record_of(name, method, cell, {"status": reason, "gib": options.emulate_memory})
 
 
 def _run(name: str, asked: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -137,14 +183,16 @@ def _run(name: str, asked: dict[str, Any], options: argparse.Namespace) -> Itera
     arguments = [name, "--device", options.device, "--seconds", str(options.seconds)]
     if options.emulate_memory:
         arguments += ["--gib", str(options.emulate_memory)]
-    return runs.records("benchmarks.worker", arguments, asked, seconds=LIMIT_SECONDS)
+    return runs.records(
+        "benchmarks.worker", arguments, asked, seconds=options.limit, log=options.log
+    )
 
 
 def add_ratios(report: dict[str, Any]) -> None:
     """Add the time over that of the bare products, or of the bytes at the speed of a copy."""
-    ceilings = {(c["N"], c["H"], c["V"], c["dtype"]): c for c in report["ceilings"]}
+    ceilings = {_shape(ceiling): ceiling for ceiling in report["ceilings"]}
     for record in report["records"]:
-        ceiling = ceilings.get((record["N"], record["H"], record["V"], record["dtype"]))
+        ceiling = ceilings.get(_shape(record))
         if ceiling is not None and record["ms_total"] is not None:
             record["ratio_to_ceiling"] = record["ms_total"][1] / ceiling_ms(record, ceiling)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,11 +51,12 @@ HEAD = ("H", "V", "dtype")
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture to be: what it is called, what it shows, and how it is drawn."""
+    """A picture to be: what it is called, what it shows, how it is drawn, and of which run."""
 
     name: str
     caption: str
     draw: Callable[[], Figure]
+    run: Run
 
     @property
     def link(self) -> str:
@@ -61,7 +64,14 @@ class Drawing:
 
     def save(self, results: Path) -> None:
         # Without the version of matplotlib: the same run gives the same file.
-        self.draw().savefig(results / self.name, dpi=DPI, metadata={"Software": None})
+        metadata = {"Software": None, "Description": self.digest}
+        self.draw().savefig(results / self.name, dpi=DPI, metadata=metadata)
+
+    @property
+    def digest(self) -> str:
+        """Return what the file says it shows: the SHA-256 of its name and its run."""
+        shown = json.dumps([self.name, self.run], sort_keys=True)
+        return hashlib.sha256(shown.encode()).hexdigest()
 
 
 def drawings(run: Run, kind: str) -> list[Drawing]:
@@ -78,6 +88,7 @@ def drawings(run: Run, kind: str) -> list[Drawing]:
                 f"{kind}_H{first['H']}_V{first['V']}_{first['dtype']}.png",
                 f"Time and extra memory{what} by peer, {head}",
                 lambda draw=draw, records=records, head=head: draw(run, records, head),
+                run,
             )
         )
     if any(is_ok(r) and _is_full(r) and ceiling(run, r) for r in linear):
@@ -85,6 +96,7 @@ def drawings(run: Run, kind: str) -> list[Drawing]:
             f"{kind}_roofline.png",
             "FLOP/s against FLOPs a byte, by peer",
             lambda: _roofs(run, linear),
+            run,
         )
         found.append(roofs)
     return found
@@ -102,7 +114,7 @@ def _lines(run: Run, records: list[Record], head: str) -> Figure:
         "Time over the bare products": ("times", lambda r: r.get("ratio_to_ceiling")),
         "Memory": (MEMORY, lambda r: r["peak_extra_bytes"] / 2**20),
     }
-    if not any("ratio_to_ceiling" in record for record in full):
+    if all(record.get("ratio_to_ceiling") is None for record in full):
         del figures["Time over the bare products"]
     title = f"{head}, trainable head, rho = 1"
     figure, panels = _figure(title, run, (4.3 * len(figures) + 2.9, 4.6), list(figures))
@@ -146,7 +158,6 @@ def _lines(run: Run, records: list[Record], head: str) -> Figure:
 
 def _bars(run: Run, records: list[Record], head: str) -> Figure:
     """Draw time and memory of one N, a bar for each method and kind of cell."""
-
     length = next((r["N"] for r in records if is_ok(r) and _is_full(r)), records[0]["N"])
     records = [record for record in records if record["N"] == length]
     names = list(dict.fromkeys(map(label, records)))
@@ -179,7 +190,7 @@ def _bars(run: Run, records: list[Record], head: str) -> Figure:
     least = [products_ms(c["ms_products"], r) for r in records if (c := ceiling(run, r))]
     if least:
         handles.append(time.axvline(max(least), color=INK, linestyle="--", linewidth=1, zorder=1))
-        words.append("the three bare products")
+        words.append("the bare products")
     time.set_yticks(range(len(names)), names)
     time.set_ylim(len(names) - 0.4, -0.6)
     for axes, unit in ((time, f"{MS}, with least and most"), (memory, MEMORY)):
@@ -200,7 +211,6 @@ def _roofs(run: Run, records: list[Record]) -> Figure:
     The bytes are the least that any method can move: hidden states and head are read once, their
     gradients written once. Real traffic is higher, so a method stands further left than its point.
     """
-
     full = [record for record in records if is_ok(record) and _is_full(record)]
     panels = [[r for r in cell if ceiling(run, r)] for cell in cells(full, HEAD)]
     panels = [panel for panel in panels if panel]
@@ -235,7 +245,7 @@ def _roof(run: Run, axes: Axes, panel: list[Record], shown: dict[str, Any]) -> N
     copy = max(c["copy_bytes_per_second"] for _, c in found.values())
     points = []
     for record in panel:
-        style = _style(record, panel)
+        style = _style(record, run["records"])
         works = [_needed(record), record.get("flops") or _needed(record)]
         xs = [work / _least_bytes(record) for work in works]
         ys = [work / record["ms_total"][1] * 1e3 for work in works]
@@ -314,7 +324,6 @@ def _alpha(kind: int) -> float:
 
 
 def _marker(edge: str, face: str, marker: str = "o") -> Any:
-
     return Line2D([], [], color=edge, markerfacecolor=face, marker=marker, linestyle="none")
 
 

@@ -10,8 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from . import bars, plots, tables
 from .facts import (
+    Record,
     Run,
     cells,
     device,
@@ -21,7 +24,6 @@ from .facts import (
     mib,
     newest,
     number,
-    of_peer,
     ours,
     ratio,
     reason,
@@ -29,15 +31,17 @@ from .facts import (
 
 ROOT = Path(__file__).parents[1]
 GIB = 24
-SHORT = (
-    ("fastgrpo", "single_pass", "fastgrpo, single pass"),
-    ("fastgrpo", "recompute", "fastgrpo, recompute"),
-    ("naive", None, "plain PyTorch"),
-    ("trl", None, "TRL, fused head"),
-    ("liger_linear", None, "Liger, fused linear"),
-    ("liger_sm90", None, "Liger, for Hopper"),
-)
-"""The rows of the README's table: peer, method, and what a newcomer calls it."""
+SHORT = {
+    "fastgrpo": "fastgrpo",
+    "naive": "plain PyTorch",
+    "compiled": "PyTorch, `torch.compile`",
+    "trl": "TRL, fused head",
+    "liger_linear": "Liger, fused linear",
+    "liger_sm90": "Liger, for Hopper",
+    "cce": "Apple's CCE",
+    "verl": "verl, Triton",
+}
+"""The peers of the README's table, all that start from hidden states, and their names there."""
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
@@ -52,8 +56,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     drawings = {figure.name: figure for kind in plots.KINDS for figure in _figures(results, kind)}
     drawn = {path.name for path in results.glob("*.png")}
     if options.check:
+        right = {name for name, figure in drawings.items() if _is_saved(figure, results)}
         stale = [name for name, text in wanted.items() if _read(root / name) != text]
-        stale += [f"benchmarks/results/{name}" for name in sorted(drawn ^ drawings.keys())]
+        wrong = (drawn | drawings.keys()) - right
+        stale += [f"benchmarks/results/{name}" for name in sorted(wrong)]
         if stale:
             sys.exit(f"out of date: {', '.join(stale)}; run python -m benchmarks.report")
         return
@@ -108,14 +114,12 @@ def short(results: Path) -> str:
         return "Nothing has been measured on a GPU yet, so no speed is claimed here."
     base = ours(cell)
     rows = []
-    for peer, method, name in SHORT:
-        record = of_peer(cell, peer, method)
-        if record and is_ok(record):
-            times = number(ratio(record, base)) if base else ""
-            rows.append([name, number(record["ms_total"][1]), times, mib(record)])
-        else:
-            why = escaped(reason(record)) if record else tables.NO_RECORD
-            rows.append([f"{name} ({why})", "", "", ""])
+    for record in filter(is_ok, cell):
+        times = number(ratio(record, base)) if base else ""
+        rows.append([_called(record, cell), number(record["ms_total"][1]), times, mib(record)])
+    why = [f"{_called(r, cell)} ({escaped(reason(r))})" for r in cell if not is_ok(r)]
+    present = {record["peer"] for record in cell}
+    why += [f"{name} ({tables.NO_RECORD})" for peer, name in SHORT.items() if peer not in present]
     shape = facts(cell[0], ("N", "H", "V", "dtype", "rho"))
     said = (
         f"Loss and gradients from hidden states, {shape}, on {escaped(device(run))}, {run['date']}:"
@@ -123,7 +127,20 @@ def short(results: Path) -> str:
     if gpu is None:
         said = f"Nothing has been measured on a GPU yet, so no speed is claimed for one. {said}"
     columns = ["", ">ms", ">over single pass", ">extra memory, MiB"]
-    return f"{said}\n\n{tables.table(columns, rows)}"
+    notes = []
+    if base and (rows_of_chunk := base.get("chunk_rows")) is not None:
+        notes.append(f"The single pass takes {rows_of_chunk:,} of {base['N']:,} rows at a time.")
+    if why:
+        notes.append(f"Without a number: {'; '.join(why)}.")
+    return "\n\n".join([said, tables.table(columns, rows), *notes])
+
+
+def _called(record: Record, cell: list[Record]) -> str:
+    """Return what a newcomer calls a method; that of a peer with one needs no name of its own."""
+    alone = len({r["method"] for r in cell if r["peer"] == record["peer"]}) == 1
+    peer: str = record["peer"]
+    name, method = SHORT.get(peer, peer), record["method"].replace("_", " ")
+    return name if alone and peer != "fastgrpo" else f"{name}, {method}"
 
 
 def _short_cell(run: Run) -> list | None:
@@ -152,6 +169,16 @@ def _loss(results: Path, where: str) -> str:
 def _figures(results: Path, kind: str) -> list[plots.Drawing]:
     run = newest(results, kind)
     return plots.drawings(run, kind) if run else []
+
+
+def _is_saved(figure: plots.Drawing, results: Path) -> bool:
+    """Say whether the file of a picture is there, whole, and of this run."""
+    try:
+        with Image.open(results / figure.name, formats=["PNG"]) as picture:
+            picture.load()
+            return picture.info.get("Description") == figure.digest
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a file that is broken
+        return False
 
 
 def _trainer(results: Path, where: str) -> str:

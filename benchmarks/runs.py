@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,10 @@ _VERSIONS = (
 class ProcessFailed(RuntimeError):
     """A process ended badly or took too long; the message says which, with its last words."""
 
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
 
 def records(
     module: str,
@@ -38,6 +43,7 @@ def records(
     *,
     seconds: float,
     environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield what a module, run in a process of its own, prints: a JSON object a line.
 
@@ -47,23 +53,26 @@ def records(
         given: what the process reads, as JSON, from its standard input.
         seconds: after so long the process is killed.
         environment: variables that differ from those here.
+        log: file that what it says on its standard error is added to; without one, what has a
+            traceback is repeated on the standard error of this process.
 
     Raises:
         ProcessFailed: the process was killed or did not end with 0.
     """
     with (
-        tempfile.TemporaryFile("w+") as log,
+        log.open("a+") if log else tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=said,
             text=True,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
         ) as process,
     ):
         assert process.stdin is not None and process.stdout is not None
+        begin = said.seek(0, os.SEEK_END)
         late = threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), _kill(process)))
         timer.start()
@@ -72,28 +81,32 @@ def records(
                 process.stdin.write(json.dumps(given))
                 process.stdin.close()
             for line in process.stdout:
+                if not line.endswith("\n"):
+                    break  # killed while it wrote
                 yield json.loads(line)
             code = process.wait()
         finally:
             timer.cancel()
             _kill(process)
+            said.seek(begin)
+            words = said.read().strip()
+            if log is None and "Traceback" in words:
+                print(words, file=sys.stderr)
         if late.is_set():
             raise ProcessFailed(f"killed after {seconds:.0f} s")
         if code != 0:
-            log.seek(0)
-            last = (log.read().strip().splitlines() or ["no message"])[-1]
-            raise ProcessFailed(f"ended with {code}: {last}")
+            last = (words.splitlines() or ["no message"])[-1]
+            raise ProcessFailed(f"ended with {code}: {last}", code)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """Kill a process and what it has started, which may hold its output open."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process and what it has started, which may hold its output open after its end."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def header(program: str, arguments: Sequence[str], device: str) -> dict[str, Any]:
-    """Return what the JSON of a run starts with: the command, the machine, the versions."""
+    """Return what the JSON of a run starts with: the command, the code, the machine, versions."""
     versions = {"python": platform.python_version()}
     for package in _VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -107,6 +120,7 @@ def header(program: str, arguments: Sequence[str], device: str) -> dict[str, Any
     return {
         "command": " ".join([f"python -m {program}", *arguments]),
         "date": f"{date.today():%Y-%m-%d}",
+        "commit": commit(),
         "machine": machine,
         "versions": versions,
         "ceilings": [],
@@ -122,24 +136,89 @@ def _processor() -> str:
     return platform.processor()
 
 
-def add(report: dict[str, Any], record: dict[str, Any], key: Sequence[str]) -> dict[str, Any]:
-    """Add a record, or one more round to the record with the same key; return what is there."""
+def commit() -> str | None:
+    """Return the commit of this code; with changes, `-dirty.` and their hash; None without git."""
+    try:
+        head = _git("rev-parse", "HEAD").strip()
+        # Only code: results and pages that are written in the course of a run change no run.
+        changes = _git("status", "--porcelain", "--", ":/*.py") + _git("diff", "HEAD", ":/*.py")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + (f"-dirty.{hashlib.sha1(changes.encode()).hexdigest()[:8]}" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return found.stdout
+
+
+def resumed(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """Return the run in a file, to be completed, or `now`, a header, if there is no file.
+
+    Raises:
+        SystemExit: the run is of another program, code or machine.
+    """
+    if not path.exists():
+        return now
+    run = json.loads(path.read_text(encoding="utf-8"))
+    old, new = (r | {"program": r["command"].split()[2]} for r in (run, now))
+    for what in ("program", "commit", "machine", "versions"):
+        if old.get(what) != new[what]:
+            raise SystemExit(
+                f"error: {path} has a run whose {what} is {old.get(what)}, now it is {new[what]}: "
+                "give another --out"
+            )
+    run.setdefault("resumed", []).append(now["command"])
+    return run
+
+
+def find(
+    report: dict[str, Any], record: dict[str, Any], key: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the record that a run has with the same key."""
     wanted = [record[name] for name in key]
-    for i, other in enumerate(report["records"]):
-        if [other[name] for name in key] == wanted:
-            report["records"][i] = merged(other, record)
-            return report["records"][i]
-    report["records"].append(merged(None, record))
-    return report["records"][-1]
+    same = (r for r in report["records"] if [r[name] for name in key] == wanted)
+    return next(same, None)
 
 
-def merged(record: dict[str, Any] | None, round: dict[str, Any]) -> dict[str, Any]:
-    """Add a round to a record: medians of medians, the widest range, each round's median."""
+def is_done(record: dict[str, Any] | None, turn: int) -> bool:
+    """Say whether a record has what a turn is to find; what has no time has it at once."""
+    if record is None or record["status"] != "ok":
+        return False
+    rounds = record.get("rounds")
+    return rounds is None or (turn < len(rounds) and rounds[turn] is not None)
+
+
+def add(
+    report: dict[str, Any], record: dict[str, Any], key: Sequence[str], turn: int | None = None
+) -> dict[str, Any]:
+    """Add a record, or a turn to the record with the same key; return what is there."""
+    other = find(report, record, key)
+    found = merged(other, record, turn)
+    if other is None:
+        report["records"].append(found)
+    else:
+        report["records"][next(i for i, r in enumerate(report["records"]) if r is other)] = found
+    return found
+
+
+def merged(
+    record: dict[str, Any] | None, round: dict[str, Any], turn: int | None = None
+) -> dict[str, Any]:
+    """Add a turn to a record: medians of medians, the widest range, each turn's median.
+
+    `rounds` has them by turn, None where there is none. Turn 0 makes a record anew; without a turn
+    it is the next.
+    """
     total = round.get("ms_total")
-    if record is None or record["status"] != "ok" or total is None:
-        return round | ({} if total is None else {"rounds": [total[1]]})
+    if record is None or record["status"] != "ok" or total is None or turn == 0:
+        return round | ({} if total is None else {"rounds": [*[None] * (turn or 0), total[1]]})
     found = record | {name: value for name, value in round.items() if value is not None}
-    found["rounds"] = [*record["rounds"], total[1]]
+    rounds = found["rounds"] = list(record.get("rounds", []))
+    turn = len(rounds) if turn is None else turn
+    rounds += [None] * (turn + 1 - len(rounds))
+    rounds[turn] = total[1]
     for name, value in round.items():
         if not name.startswith("ms_") or value is None:
             continue
@@ -148,6 +227,27 @@ def merged(record: dict[str, Any] | None, round: dict[str, Any]) -> dict[str, An
         found[f"{name}_medians"] = medians
         found[name] = [min(low, low2), statistics.median(medians), max(high, high2)]
     return found
+
+
+def rotated(names: Sequence[str], turn: int) -> list[str]:
+    """Return the names, each turn beginning with the next one: no one is always the first."""
+    first = turn % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def longest_that_fits(
+    fits: Callable[[int], bool], first: int = 1024, most: int = 2**16, step: int = 64
+) -> int:
+    """Return the largest length that fits, to 1 in 16 or a step: by doubling, then by halving."""
+    low, high = 0, first
+    while fits(high):
+        low, high = high, high * 2
+        if high > most:
+            return low
+    while high - low > max(step, low // 16):
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

@@ -131,12 +131,21 @@ def _times(groups: list[list[Record]], labels: list[str], varying: list[str]) ->
 
 def _memory(groups: list[list[Record]], labels: list[str], varying: list[str]) -> str:
     names = _with_numbers(groups, labels)
+    chunked = any(map(_chunk, groups))
     rows = []
     for cell in groups:
         found = {label(record): mib(record) for record in cell if is_ok(record)}
-        rows.append(_shape(cell[0], varying) + [found.get(name, "") for name in names])
+        chunk = [_chunk(cell)] if chunked else []
+        rows.append(_shape(cell[0], varying) + [found.get(name, "") for name in names] + chunk)
     columns = [*_shape_columns(varying), *(f">{name}" for name in names)]
+    columns += [">rows of our chunk"] if chunked else []
     return f"Extra memory at the peak, MiB:\n\n{table(columns, rows)}" if names else ""
+
+
+def _chunk(cell: list[Record]) -> str:
+    """Return how many rows our default method takes at a time."""
+    rows = (ours(cell) or {}).get("chunk_rows")
+    return "" if rows is None else f"{rows:,}"
 
 
 def _with_numbers(groups: list[list[Record]], labels: list[str]) -> list[str]:
@@ -188,7 +197,9 @@ def _cell(run: Run, cell: list[Record], labels: list[str]) -> str:
             row[3] = number(ratio(record, base)) if base else ""
             if record.get("ratio_to_ceiling") is not None:
                 row[4] = number(record["ratio_to_ceiling"])
-            row[5:8] = mib(record), _flops(record), number(error_over_naive(record))
+            row[5:7] = mib(record), _flops(record)
+            if record.get("error_vs_fp64"):
+                row[7] = number(error_over_naive(record))
         rows.append(row)
     summary = f"<details>\n<summary>{facts(cell[0], LOSS_CELL[1:])}</summary>"
     parts = [summary, table(columns, rows), _ceilings(run, cell[0]), _chunks(cell), "</details>"]
@@ -206,7 +217,11 @@ def _ceilings(run: Run, record: Record) -> str:
         speed = rate(2 * record["N"] * record["H"] * record["V"] / (ms / 1e3))
         said.append(f"{name} {number(ms)} ms ({speed})")
     copy = number(found["copy_bytes_per_second"] / 1e9)
-    return f"Ceilings: the bare products {', '.join(said)}; a copy {copy} GB/s."
+    text = f"Ceilings: the bare products {', '.join(said)}; a copy {copy} GB/s."
+    if clocks := found.get("clocks"):
+        facts = (f"{name.replace('.', ' ')} {value}" for name, value in clocks.items())
+        text += f" The GPU right after them: {escaped(', '.join(facts))}."
+    return text
 
 
 def _chunks(cell: list[Record]) -> str:
@@ -216,9 +231,10 @@ def _chunks(cell: list[Record]) -> str:
 
 def _flops(record: Record) -> str:
     """Return FLOPs in units of NHV; none counted where there are products means unknown."""
-    if not record.get("flops") and record["op"] != "logits":
+    flops = record.get("flops")
+    if flops is None or (flops == 0 and record["op"] != "logits"):
         return ""
-    times = f"{record['flops'] / (record['N'] * record['H'] * record['V']):.3g}"
+    times = f"{flops / (record['N'] * record['H'] * record['V']):.3g}"
     return times if record.get("flops_counted", True) else f"{times} (stated)"
 
 

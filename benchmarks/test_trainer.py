@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fastgrpo import trainer as our_trainer
 from fastgrpo.advantages import group_advantages
 
 from . import measure, runs, trainer, trainer_worker, trainers
@@ -60,7 +65,7 @@ def report_path(report: dict[str, Any]) -> str:
 def check_measured(record: dict[str, Any]) -> None:
     """A record is "ok" only if every step had the tokens and degenerate groups asked for."""
     assert record["status"] == "ok", record
-    assert record["grad_norm_error"] < 1e-5
+    assert record["error_vs_fp64"]["gradient"] < 1e-5
     for part in (*PARTS, "total"):
         low, median, high = record[f"ms_{part}"]
         assert 0 < low <= median <= high
@@ -73,7 +78,7 @@ def check_measured(record: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
     """A run of our trainer in this process."""
-    recorder = Recorder(ALL, "cpu", [4, None, None], None)
+    recorder = Recorder(ALL, "cpu", [4, None, None])
     directory = tmp_path_factory.mktemp("trainer")
     trainers.load("fastgrpo").train(make_task(ALL, "cpu"), ALL, recorder, directory)
     return recorder
@@ -127,11 +132,93 @@ def metrics(**values: float) -> dict[str, float]:
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_wrong_result_is_not_timed(wrong: dict[str, float]) -> None:
-    recorder = Recorder(ALL, "cpu", [None], 2.0)
+    recorder = Recorder(ALL, "cpu", [None], {"weight": torch.tensor([[2.0]])})
+    with pytest.raises(WrongResult, match="no step with the first gradient"):
+        recorder.report(metrics())
+    recorder.check_gradient(with_gradient([[1.0]]))  # clipped at 1
     recorder.report(metrics())
     recorder.reported = 0
     with pytest.raises(WrongResult, match=next(iter(wrong)).replace("grad_norm", "gradient")):
         recorder.report(metrics(**wrong))
+
+
+def with_gradient(grad: list[list[float]]) -> nn.Module:
+    model = nn.Linear(len(grad[0]), len(grad), bias=False)
+    model.weight.grad = torch.tensor(grad)
+    return model
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0], ids=["as it is", "clipped"])
+def test_a_gradient_is_a_vector(scale: float) -> None:
+    exact = {"weight": scale * torch.tensor([[3.0, 4.0]])}
+    right, length = torch.tensor([[0.6, 0.8]]), min(1.0, 5 * scale)
+    found = {name: Recorder(ALL, "cpu", [None], exact) for name in ("right", "flipped", "turned")}
+    found["right"].check_gradient(with_gradient((length * right).tolist()))
+    assert found["right"].error == pytest.approx(0, abs=1e-7)
+    with pytest.raises(WrongResult, match="off by 2 of its norm"):
+        found["flipped"].check_gradient(with_gradient((-length * right).tolist()))
+    with pytest.raises(WrongResult, match=r"off by 0\.28 of its norm"):
+        found["turned"].check_gradient(with_gradient((length * right.flip(1)).tolist()))
+    with pytest.raises(WrongResult, match=r"in excess, \['weight'\]"):
+        Recorder(ALL, "cpu", [None], exact).check_gradient(nn.Linear(2, 1, bias=False))
+
+
+def flipped(completion_ids: list[list[int]], judged: list[bool], **columns: Any) -> list[float]:
+    """What `mean_id` says, with the sign of all advantages flipped."""
+    return [-reward for reward in mean_id(completion_ids, judged)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fastgrpo",
+        pytest.param(
+            "trl",
+            marks=[
+                pytest.mark.peers,
+                pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL's
+                pytest.mark.skipif(missing("trl") is not None, reason="trl is not installed"),
+            ],
+        ),
+    ],
+)
+def test_flipped_advantages_are_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers.load(name), "mean_id", flipped)
+    with pytest.raises(WrongResult, match="the first gradient is off by 2 of its norm"):
+        trainer_worker.measured(name, ALL, "cpu")
+
+
+def test_a_rotated_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = our_trainer.clip_gradients
+
+    def clip_and_rotate(model: nn.Module, most: float) -> float:
+        norm = clip(model, most)
+        head = model.get_output_embeddings().weight
+        head.grad = head.grad.roll(1, 0)  # of the same norm
+        return norm
+
+    monkeypatch.setattr(our_trainer, "clip_gradients", clip_and_rotate)
+    with pytest.raises(WrongResult, match="the first gradient is off by"):
+        trainer_worker.measured("fastgrpo", ALL, "cpu")
+
+
+def test_what_a_trainer_prints_is_not_in_the_record() -> None:
+    program = (
+        "import os, subprocess; from benchmarks import trainer_worker as worker\n"
+        "def measured(*given):\n"
+        "    os.write(1, b'noise'); subprocess.run(['echo', 'noise']); print('noise')\n"
+        "    raise ValueError('why')\n"
+        "worker.measured = measured; worker.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "fastgrpo"],
+        input=json.dumps(asdict(ALL)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    record = json.loads(done.stdout)
+    assert record["status"] == "failed: ValueError: why" and done.stderr.count("noise") == 3
 
 
 def test_a_trainer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,15 +232,29 @@ def test_the_longest_completion_is_found_and_confirmed(monkeypatch: pytest.Monke
     def measured(name: str, cell: TrainerCell, device: str, limit: float, given: tuple) -> Any:
         tried.append(cell.completion_length)
         fits = tried[-1] <= (4000 if "--sampled" in given else 5000)
-        status = "ok" if fits else "out of memory"
+        status = "ok" if fits else "failed: out of memory"
         return trainer_worker.record_of(name, cell, device, {"status": status})
 
     monkeypatch.setattr(trainer, "measured", measured)
     record = trainer.longest_completion("fastgrpo", 24.0, 1.0)
     assert tried == [1024, 2048, 4096, 8192, 6144, 5120, 4608, 4864, 4864, 3648]
     assert (record["longest_completion"], record["gib"], record["N"]) == (3648, 24.0, 8 * 3648)
+    assert record["sampled"] is True
     assert trainer.longest_that_fits(lambda length: length <= 100) == 64
     assert trainer.longest_that_fits(lambda length: True) == 2**16
+
+
+def test_what_takes_too_long_to_sample_is_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, cell: TrainerCell, device: str, limit: float, given: tuple) -> Any:
+        assert "--sampled" not in given
+        fits = cell.completion_length <= 10_000
+        status = "ok" if fits else "failed: out of memory"
+        return trainer_worker.record_of(name, cell, device, {"status": status})
+
+    monkeypatch.setattr(trainer, "measured", measured)
+    record = trainer.longest_completion("fastgrpo", 24.0, 1.0)
+    assert (record["longest_completion"], record["sampled"]) == (9728, False)
+    assert record["N"] == 8 * 9728
 
 
 def test_a_smaller_gpu_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +291,21 @@ def test_without_a_gpu_the_command_says_what_to_use(capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit):
             trainer.main(arguments)
         assert "no GPU here: use --quick or --cpu" in capsys.readouterr().err
+
+
+def test_cells_are_chosen_by_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = trainer._parse(["--gpu", "--model", "Qwen2.5-1.5B"])
+    assert [(c.model, c.rho) for c in options.cells] == [
+        ("Qwen2.5-1.5B", 1.0),
+        ("Qwen2.5-1.5B", 0.5),
+    ]
+    assert options.rounds == 1
+    with pytest.raises(SystemExit):
+        trainer._parse(["--cpu", "--model", "tiny"])
+    assert "--model tiny: no such cell; there are demo, small" in capsys.readouterr().err
 
 
 def test_rounds_are_merged() -> None:

@@ -3,13 +3,15 @@
     python -m benchmarks.trainer --quick                    a miniature on a CPU: does it all work?
     python -m benchmarks.trainer --cpu                      the demo and a small model, 3 rounds
     python -m benchmarks.trainer --gpu                      the shapes of Qwen2.5-0.5B and 1.5B
-    python -m benchmarks.trainer --gpu --only trl --out run.json    one trainer, added to a run
+    python -m benchmarks.trainer --gpu --only trl --out run.json    one trainer anew in a run
+    python -m benchmarks.trainer --gpu --model Qwen2.5-0.5B         one model
     python -m benchmarks.trainer --emulate-memory 24GiB     the longest completion that fits
 
 `fastgrpo.Trainer` and `trl.GRPOTrainer` as their users get them: the same random weights, prompts,
 rewards, options and number of tokens, each cell in a process of its own, in turn. The first step
-has given completions, and its gradient must be that of plain PyTorch in fp64: a trainer that is
-wrong is not timed. Nothing is downloaded.
+has given completions, and its gradient, as the optimizer gets it, must be that of plain PyTorch in
+fp64, in size and direction: a trainer that is wrong is not timed. Nothing is downloaded. Memory is
+the absolute peak, weights included; on a CPU an upper bound (see `trainer_recorder`).
 
 No completion ends early: the tokenizer's end-of-sequence token has an id that the head has no row
 for. So both trainers sample, look for the end and count as always, with nothing suppressed, which
@@ -20,9 +22,7 @@ groups are degenerate, with advantages of exactly 0.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -31,8 +31,9 @@ from typing import Any
 import torch
 
 from . import runs, trainers
+from .runs import longest_that_fits
 from .trainer_cells import TrainerCell, cpu_cells, gpu_cells, memory_cell, quick_cells
-from .trainer_worker import record_of
+from .trainer_worker import OUT_OF_MEMORY, record_of
 
 RESULTS = Path(__file__).parent / "results"
 KEY = (
@@ -41,22 +42,30 @@ KEY = (
 PHASES = ("generation", "scoring", "training", "total")
 LIMIT_SECONDS = {"quick": 300.0, "cpu": 1800.0, "gpu": 3600.0, "emulate_memory": 3600.0}
 
+SAMPLED_MOST = 8192
+"""The longest completions that are also sampled before they count as fitting: at 30 ms a token they
+take four minutes, the longest that are tried half an hour."""
+
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = _parse(arguments)
     report = runs.header("benchmarks.trainer", options.arguments, options.device)
-    if options.out.exists():
-        report |= json.loads(options.out.read_text())
-    for _ in range(options.rounds):
+    if options.resume:
+        report = runs.resumed(options.out, report)
+    key = KEY if options.emulate_memory else (*KEY, "completion_length")
+    for turn in range(options.rounds):
         for cell in options.cells:
-            for name in options.only or trainers.NAMES:
+            for name in runs.rotated(options.only or trainers.NAMES, turn):
+                wanted = record_of(name, cell, options.device, {"gib": options.emulate_memory})
+                anew = turn == 0 and options.only
+                if not anew and runs.is_done(runs.find(report, wanted, key), turn):
+                    continue
                 if options.emulate_memory:
                     record = longest_completion(name, options.emulate_memory, options.limit)
-                    found = runs.add(report, record, KEY)
+                    runs.add(report, record, key, turn)
                 else:
                     record = measured(name, cell, options.device, options.limit)
-                    found = runs.add(report, record, (*KEY, "completion_length"))
-                    add_speeds(found)
+                    add_speeds(runs.add(report, record, key, turn))
                 _show(record)
                 runs.write(options.out, report)
     print(f"wrote {options.out}")
@@ -77,19 +86,27 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--emulate-memory", type=runs.gib, metavar="24GiB", help="the longest that fits"
     )
     parser.add_argument("--only", type=_names, help=f"some of {','.join(trainers.NAMES)}")
-    parser.add_argument("--out", type=Path, help="JSON to write; one that exists is added to")
+    parser.add_argument("--model", help="only cells of this model")
+    parser.add_argument("--out", type=Path, help="JSON to write; one that exists is completed")
     parser.add_argument("--rounds", type=int, help="how often every trainer has its turn")
     options = parser.parse_args(arguments)
     if (options.gpu or options.emulate_memory) and not torch.cuda.is_available():
         parser.error("no GPU here: use --quick or --cpu")
     kind = next(k for k in ("quick", "cpu", "gpu", "emulate_memory") if getattr(options, k))
     options.device = "cpu" if kind in ("quick", "cpu") else "cuda"
-    options.cells = {
+    cells = {
         "quick": quick_cells, "cpu": cpu_cells, "gpu": gpu_cells,
         "emulate_memory": lambda: [memory_cell(0)],
     }[kind]()  # fmt: skip
+    options.cells = [cell for cell in cells if options.model in (None, cell.model)]
+    if not options.cells:
+        have = ", ".join(dict.fromkeys(cell.model for cell in cells))
+        parser.error(f"--model {options.model}: no such cell; there are {have}")
+    if options.only and not options.out:
+        parser.error("--only measures a part of a run: say of which with --out")
+    options.resume = options.out or not options.quick  # that one asks whether it works now
     options.out = options.out or RESULTS / f"trainer_{kind}_{date.today():%Y%m%d}.json"
-    options.rounds = options.rounds or (3 if kind in ("cpu", "gpu") else 1)
+    options.rounds = 1 if options.emulate_memory else options.rounds or (3 if options.cpu else 1)
     options.arguments = sys.argv[1:] if arguments is None else arguments
     options.limit = LIMIT_SECONDS[kind]
     return options
@@ -121,41 +138,36 @@ class _NoAnswer(Exception):
 def longest_completion(name: str, gib: float, limit: float) -> dict[str, Any]:
     """Return the longest completions of one group with which a step fits in so much memory.
 
-    It is looked for with given completions, which take no time to sample; then a step that samples
-    must fit as well, or they are shortened until one does.
+    It is looked for with given completions, which take no time to sample. Then a step that samples
+    must fit as well, or they are shortened until one does; but only up to `SAMPLED_MOST` tokens.
+    Beyond, the record says `sampled: false`: the training fits, and whether the cache of keys and
+    values does while sampling was not tried.
     """
+    given_steps: dict[int, dict[str, Any]] = {}
 
     def step(length: int, *arguments: str) -> dict[str, Any]:
         given = ("--gib", str(gib), *arguments)
         record = measured(name, memory_cell(length), "cuda", limit, given)
-        if record["status"] not in ("ok", "out of memory"):
+        if record["status"] not in ("ok", OUT_OF_MEMORY):
             raise _NoAnswer(record)
         return record
 
+    def fits(length: int) -> bool:
+        given_steps[length] = step(length)
+        return given_steps[length]["status"] == "ok"
+
     answer = {"gib": gib, "longest_completion": 0}
     try:
-        longest = longest_that_fits(lambda length: step(length)["status"] == "ok")
+        longest = longest_that_fits(fits)
         while longest:
-            record = step(longest, "--sampled")
+            sampled = longest <= SAMPLED_MOST
+            record = step(longest, "--sampled") if sampled else given_steps[longest]
             if record["status"] == "ok":
-                return record | answer | {"longest_completion": longest}
+                return record | answer | {"longest_completion": longest, "sampled": sampled}
             longest = longest * 3 // 4
     except _NoAnswer as failed:
         return failed.args[0] | {"gib": gib}
     return record_of(name, memory_cell(0), "cuda", {"status": "ok", **answer})
-
-
-def longest_that_fits(fits: Callable[[int], bool], first: int = 1024, most: int = 2**16) -> int:
-    """Return the largest length that fits, at least to 1 in 16: by doubling, then by halving."""
-    low, high = 0, first
-    while fits(high):
-        low, high = high, high * 2
-        if high > most:
-            return low
-    while high - low > max(64, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def add_speeds(record: dict[str, Any]) -> None:
@@ -172,6 +184,7 @@ def _show(record: dict[str, Any]) -> None:
     found = record["status"]
     if record["longest_completion"] is not None:
         found = f"longest completion in {record['gib']} GiB"
+        found += ", not sampled" if record["sampled"] is False else ""
     elif record["ms_total"] is not None:
         parts = [f"{phase} {record[f'ms_{phase}'][1]:.1f}" for phase in PHASES]
         found = f"ms: {', '.join(parts)}; {record['peak_extra_bytes'] / 2**20:.1f} MiB"

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from . import measure, trainers
+from . import measure, peers, trainers
 from .trainer_cells import Task, TrainerCell, given_completions, make_task, mean_id
 from .trainer_recorder import WARM_UP, Recorder, WrongResult
+
+OUT_OF_MEMORY = "failed: out of memory"
 
 
 def record_of(name: str, cell: TrainerCell, device: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def record_of(name: str, cell: TrainerCell, device: str, found: dict[str, Any]) 
         **dict.fromkeys(
             ("error_vs_fp64", "ms_forward", "ms_backward", "ms_generation", "ms_scoring",
              "ms_training", "ms_total", "ratio_to_ceiling", "peak_extra_bytes", "flops",
-             "tokens_per_second", "gib", "longest_completion")
+             "tokens_per_second", "gib", "longest_completion", "sampled")
         ),
         **found,
     }  # fmt: skip
@@ -48,16 +52,17 @@ def measured(name: str, cell: TrainerCell, device: str) -> dict[str, Any]:
     if cell.threads is not None:
         torch.set_num_threads(cell.threads)
     task = make_task(cell, device)
-    norm = exact_grad_norm(task, cell, device)
+    exact = exact_gradient(task, cell, device)
     gc.collect()  # the copy in fp64 must not count
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     sampled = WARM_UP - 1 + cell.steps + (device == "cpu")  # there the last is for the memory
-    recorder = Recorder(cell, device, [cell.completion_length, *[None] * sampled], norm)
+    recorder = Recorder(cell, device, [cell.completion_length, *[None] * sampled], exact)
+    del exact  # the recorder lets it go once it is checked
     return run(adapter, task, cell, recorder) | {
-        "grad_norm": norm, "grad_norm_error": recorder.error, "peak_extra_bytes": recorder.peak,
-        **recorder.times(),
+        "grad_norm": recorder.grad_norm, "error_vs_fp64": {"gradient": recorder.error},
+        "peak_extra_bytes": recorder.peak, **recorder.times(),
     }  # fmt: skip
 
 
@@ -70,22 +75,27 @@ def probe(name: str, cell: TrainerCell, gib: float, *, sampled: bool) -> dict[st
     if reason := adapter.unavailable():
         return {"status": reason}
     measure.emulate_memory(gib)
-    recorder = Recorder(cell, "cuda", [16, None if sampled else cell.completion_length], None)
+    recorder = Recorder(cell, "cuda", [16, None if sampled else cell.completion_length])
     return run(adapter, make_task(cell, "cuda"), cell, recorder) | {
         "peak_extra_bytes": recorder.peak
     }
 
 
 def run(adapter: Any, task: Task, cell: TrainerCell, recorder: Recorder) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        adapter.train(task, cell, recorder, Path(directory))
+    """Let a trainer train; whichever optimizer it has, the recorder sees what that is given."""
+    hook = register_optimizer_step_pre_hook(lambda *_: recorder.check_gradient(task.model))
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            adapter.train(task, cell, recorder, Path(directory))
+    finally:
+        hook.remove()
     if recorder.reported != len(recorder.plan):
         raise WrongResult(f"{recorder.reported} steps, wanted {len(recorder.plan)}")
     return {"status": "ok"}
 
 
-def exact_grad_norm(task: Task, cell: TrainerCell, device: str) -> float:
-    """Return the norm of the first step's gradient from plain PyTorch in fp64.
+def exact_gradient(task: Task, cell: TrainerCell, device: str) -> dict[str, Tensor]:
+    """Return the first step's gradient from plain PyTorch in fp64, as copies in fp32 on the CPU.
 
     The policy has not moved since sampling, so the ratio is 1 and nothing is clipped. (Inside of
     their norms the models of transformers compute in fp32 all the same.)
@@ -102,7 +112,8 @@ def exact_grad_norm(task: Task, cell: TrainerCell, device: str) -> float:
             logits = model(both, use_cache=False).logits[0, len(prompt) - 1 : -1]
             logps = logits.log_softmax(-1).gather(1, both[0, len(prompt) :, None])
             (-advantage * logps.sum() / cell.N).backward()
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.to("cpu", torch.float32) for name, grad in grads.items()}
 
 
 def main() -> None:
@@ -113,22 +124,24 @@ def main() -> None:
     parser.add_argument("--sampled", action="store_true", help="its completions are sampled")
     options = parser.parse_args()
     cell = TrainerCell(**json.load(sys.stdin))
-    with contextlib.redirect_stdout(sys.stderr):  # trainers print
-        try:
-            if options.gib is None:
-                found = measured(options.trainer, cell, options.device)
-            else:
-                found = probe(options.trainer, cell, options.gib, sampled=options.sampled)
-        except WrongResult as wrong:
-            found = {"status": f"wrong: {wrong}"}
-        except torch.OutOfMemoryError:
-            found = {"status": "out of memory"}
-        except Exception as error:
-            # A trainer may fail in any way; the run goes on and the table says how it failed.
-            traceback.print_exc()
-            text = (str(error).splitlines() or [""])[0][:200]
-            found = {"status": f"failed: {type(error).__name__}: {text}"}
-    print(json.dumps(record_of(options.trainer, cell, options.device, found)))
+    # Trainers print, C code and their child processes too: all of it goes to standard error.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        if options.gib is None:
+            found = measured(options.trainer, cell, options.device)
+        else:
+            found = probe(options.trainer, cell, options.gib, sampled=options.sampled)
+    except WrongResult as wrong:
+        found = {"status": f"wrong: {wrong}"}
+    except torch.OutOfMemoryError:
+        found = {"status": OUT_OF_MEMORY}
+    except Exception as error:
+        # A trainer may fail in any way; the run goes on and the table says how it failed.
+        traceback.print_exc()
+        found = {"status": peers.failure(error)}
+    with out:
+        print(json.dumps(record_of(options.trainer, cell, options.device, found)), file=out)
 
 
 if __name__ == "__main__":

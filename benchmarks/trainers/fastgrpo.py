@@ -13,7 +13,7 @@ from fastgrpo.rollout import Completions, Rollout
 from fastgrpo.trainer import Trainer
 
 from ..trainer_cells import Task, TrainerCell, given_completions, mean_id
-from ..trainer_recorder import Recorder
+from ..trainer_recorder import MAX_GRAD_NORM, Recorder
 
 METHOD = "Trainer"
 
@@ -49,6 +49,7 @@ def train(task: Task, cell: TrainerCell, recorder: Recorder, directory: Path) ->
         max_completion_length=cell.completion_length,
         per_device_train_batch_size=cell.micro_batch,
         gradient_accumulation_steps=cell.completions // cell.micro_batch,
+        max_grad_norm=MAX_GRAD_NORM,
         max_steps=len(recorder.plan),
         bf16=cell.dtype == "bfloat16",
         gradient_checkpointing=cell.gradient_checkpointing,

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..peers import missing
 from ..trainer_cells import Task, TrainerCell, given_completions, mean_id
-from ..trainer_recorder import Recorder
+from ..trainer_recorder import MAX_GRAD_NORM, Recorder
 
 METHOD = "GRPOTrainer"
 
@@ -43,6 +43,7 @@ def train(task: Task, cell: TrainerCell, recorder: Recorder, directory: Path) ->
             max_completion_length=cell.completion_length,
             per_device_train_batch_size=cell.micro_batch,
             gradient_accumulation_steps=cell.completions // cell.micro_batch,
+            max_grad_norm=MAX_GRAD_NORM,
             max_steps=len(recorder.plan),
             use_cpu=recorder.device == "cpu",
             bf16=cell.dtype == "bfloat16",
