@@ -233,14 +233,6 @@ class FlopCounter(FlopCounterMode):
         super().__init__(display=False, custom_mapping={aten.addmm: addmm, aten.addmm_: addmm})
 
 
-def count_flops(trial: Trial) -> int:
-    """Return the FLOPs of the products that PyTorch sees."""
-    trial.refresh()
-    with FlopCounter() as counter:
-        trial.backward(trial.forward())
-    return counter.get_total_flops()
-
-
 def emulate_memory(gib: float) -> None:
     """Make the GPU one of so much memory: to the allocator, and to those who ask how much it has.
 

@@ -219,9 +219,11 @@ def test_bars_against_a_peer() -> None:
 
 def test_errors_are_judged_by_naive() -> None:
     error = {"loss": 1e-3, "hidden": 2.1e-3, "weight": 1e-3}
-    found = judged("error of gradients or log-probs over naive's, to 1%", OURS | {"error_vs_fp64": error})
+    found = judged(
+        "error of gradients or log-probs over naive's, to 1%", OURS | {"error_vs_fp64": error}
+    )
     assert found[2:] == ["1.05", "single_pass", "0 of 1", "**MISSED**"]
-    what = f"error of the loss over naive's + {bars.FLOOR:.1e}"
+    what = f"error of the loss over naive's + {bars.FLOOR:.1e}, to 1%"
     lucky = {"error_vs_fp64": {"loss": 4e-7}, "naive_error_vs_fp64": {"loss": 1e-9}}
     assert judged(what, OURS | lucky)[-1] == "met"
     assert judged(what, OURS | {"error_vs_fp64": {"loss": 2e-3}})[2] == "2.00"

@@ -17,8 +17,10 @@ from .cells import Cell
 from .measure import Trial
 
 
-def time_call(trial: Trial, *, seconds: float, most: int = 30) -> dict[str, list[float]]:
-    """Time forward, backward and both, after two rounds of warm-up.
+def time_call(
+    trial: Trial, *, seconds: float, most: int = 30, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Time forward, backward and both, three times at least, after some calls of warm-up.
 
     Returns:
         `[min, median, max]` in milliseconds of each.
@@ -26,7 +28,7 @@ def time_call(trial: Trial, *, seconds: float, most: int = 30) -> dict[str, list
     stopwatch = _GpuStopwatch() if trial.inputs.hidden.is_cuda else _CpuStopwatch()
     forward, backward, total = [], [], []
     begin = time.perf_counter()
-    for repeat in range(most + 2):
+    for repeat in range(most + warm_up):
         trial.refresh()
         stopwatch.get_ahead()
         marks = [stopwatch.mark()]
@@ -36,7 +38,7 @@ def time_call(trial: Trial, *, seconds: float, most: int = 30) -> dict[str, list
         del loss
         marks.append(stopwatch.mark())
         stopwatch.wait()
-        if repeat < 2:
+        if repeat < warm_up:
             continue
         forward.append(stopwatch.between(marks[0], marks[1]))
         backward.append(stopwatch.between(marks[1], marks[2]))
