@@ -132,7 +132,7 @@ def cpu_cells() -> list[Cell]:
         Cell("linear", *shape),
         Cell("linear", *shape, rho=0.5),
         Cell("linear", *shape, frozen=True),
-        Cell("linear", 1536, 256, QWEN),
+        Cell("linear", 1024, 256, QWEN),
     ]
 
 

@@ -80,12 +80,19 @@ def add_product(
     for first in range(0, a.shape[0], step):
         a_part, part = a[first : first + step], total[first : first + step]
         if scale is None and total.dtype == wide:
-            torch.addmm(part, a_part.to(wide), b, beta=beta, out=part)
+            torch.addmm(part, _converted(a_part, wide), b, beta=beta, out=part)
             continue
         mixed = a.is_cuda and a.dtype != wide
-        found = torch.mm(a_part, b, out_dtype=wide) if mixed else torch.mm(a_part.to(wide), b)
+        found = (
+            torch.mm(a_part, b, out_dtype=wide) if mixed else torch.mm(_converted(a_part, wide), b)
+        )
         found = found if scale is None else found.mul_(scale)
         part.copy_(found if beta == 0 else part + found)
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a matrix row by row as it lies in memory: a transposed one would be turned around."""
+    return x.to(dtype) if x.stride(1) == 1 else x.t().to(dtype).t()
 
 
 def _slice_rows(width: int, dtype: torch.dtype) -> int:
