@@ -43,6 +43,7 @@ def provenance(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return (
         f"- Run: `{run['command']}`, {run['date']}, [{run['file']}](results/{run['file']})\n"
+        f"- Code: commit {(run.get('commit') or 'not known')[:12]}\n"
         f"- Machine: {escaped(machine)}\n- Versions: {escaped(versions)}"
     )
 
