@@ -16,7 +16,9 @@ What the processes say, the tracebacks of what failed, is in a .log beside the J
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
@@ -32,6 +34,9 @@ from .worker import STICKY, record_of
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("peer", "method", "op", "N", "H", "V", "rho", "frozen", "dtype", "gib")
+OUT_OF_TIME = "failed: no time was left, run the command again"
+GPU_SECONDS = 530.0
+"""So long a `--gpu` run takes at most; what is left over is measured when it is run again."""
 LIMIT_SECONDS = {"quick": 300.0, "cpu": 3600.0, "gpu": 240.0, "emulate_memory": 3600.0}
 RESTARTS = 3
 """How often a peer's process is started again after it left the GPU in error."""
@@ -112,6 +117,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options.arguments = sys.argv[1:] if arguments is None else arguments
     options.seconds = {"quick": 0.0, "cpu": 4.0}.get(kind, 0.5)
     options.limit = LIMIT_SECONDS[kind]
+    options.end = time.monotonic() + GPU_SECONDS if kind == "gpu" else math.inf
     return options
 
 
@@ -159,6 +165,8 @@ def _records(
     missing = list(missing)
     reason = peers.absent(name, options.device)
     for _ in range(1 + RESTARTS):
+        if options.end <= time.monotonic():
+            reason = reason or OUT_OF_TIME
         if reason is not None or not missing:
             break
         cells = list(dict.fromkeys(cell for cell, _ in missing))
@@ -172,7 +180,8 @@ def _records(
                 yield record
         except runs.ProcessFailed as error:
             if error.code != STICKY:
-                reason = f"failed: {error}"
+                late = options.end <= time.monotonic()
+                reason = OUT_OF_TIME if late else f"failed: {error}"
     reason = reason or "failed: the GPU was in error too often"
     for cell, method in missing:
         yield record_of(name, method, cell, {"status": reason, "gib": options.emulate_memory})
@@ -183,9 +192,10 @@ def _run(name: str, asked: dict[str, Any], options: argparse.Namespace) -> Itera
     arguments = [name, "--device", options.device, "--seconds", str(options.seconds)]
     if options.emulate_memory:
         arguments += ["--gib", str(options.emulate_memory)]
-    return runs.records(
-        "benchmarks.worker", arguments, asked, seconds=options.limit, log=options.log
-    )
+    seconds = options.limit
+    if name != "ceilings":
+        seconds = min(seconds, max(options.end - time.monotonic(), 0.0))
+    return runs.records("benchmarks.worker", arguments, asked, seconds=seconds, log=options.log)
 
 
 def add_ratios(report: dict[str, Any]) -> None:

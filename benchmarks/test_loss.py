@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,3 +157,20 @@ def test_bad_arguments_are_refused(
     with pytest.raises(SystemExit):
         loss.main(arguments)
     assert words in capsys.readouterr().err
+
+
+def test_a_run_on_a_gpu_ends_in_time_and_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no time left nothing is started, and it is said; the next run measures what is left."""
+    out = tmp_path / "run.json"
+    arguments = ["--quick", "--only", "naive", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loss, "math", SimpleNamespace(inf=0.0)
+        )  # where a run on a GPU has the end of its minutes
+        with pytest.raises(SystemExit):
+            loss.main(arguments)
+    found = json.loads(out.read_text())["records"]
+    assert {record["status"] for record in found} == {loss.OUT_OF_TIME}
+    assert {r["status"] for r in loss.main(arguments)["records"]} == {"ok"}
