@@ -21,8 +21,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,6 @@ from .cells import QWEN, Cell, cpu_cells, gpu_cells, quick_cells
 from .expected import surprises
 from .worker import STICKY, record_of
 
-RESULTS = Path(__file__).parent / "results"
 KEY = ("peer", "method", "op", "N", "H", "V", "rho", "frozen", "dtype", "gib")
 OUT_OF_TIME = "failed: no time was left, run the command again"
 GPU_SECONDS = 530.0
@@ -76,27 +73,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.loss",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    helps = (
+        "tiny shapes on a CPU",
+        "shapes that keep a CPU busy",
+        "the shapes that matter on a GPU",
     )
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--quick", action="store_true", help="tiny shapes on a CPU")
-    mode.add_argument("--cpu", action="store_true", help="N = 2048, H = 512, V = 32,000 on a CPU")
-    mode.add_argument("--gpu", action="store_true", help="the shapes that matter on a GPU")
-    mode.add_argument(
-        "--emulate-memory", type=runs.gib, metavar="24GiB", help="the longest that fits"
-    )
-    parser.add_argument("--only", type=_names, help=f"some of {','.join(peers.NAMES)}")
+    parser = runs.parser("benchmarks.loss", __doc__, helps, "peer", peers.NAMES)
     parser.add_argument("--n", type=_numbers, help="only cells with these numbers of tokens")
-    parser.add_argument("--out", type=Path, help="JSON to write; one that exists is completed")
-    parser.add_argument("--rounds", type=int, help="how often every peer has its turn")
-    options = parser.parse_args(arguments)
-    if (options.gpu or options.emulate_memory) and not torch.cuda.is_available():
-        parser.error("no GPU here: use --quick or --cpu")
-    kind = next(k for k in ("quick", "cpu", "gpu", "emulate_memory") if getattr(options, k))
-    options.device = "cpu" if kind in ("quick", "cpu") else "cuda"
+    options = runs.parsed(parser, "loss", arguments)
+    kind = options.mode
     cells = {"quick": quick_cells, "cpu": cpu_cells, "gpu": gpu_cells}
     if options.emulate_memory:
         options.cells = [Cell("linear", 0, H, QWEN) for H in (896, 3584)]
@@ -105,16 +90,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         if not options.cells:
             have = ", ".join(str(n) for n in sorted({c.N for c in cells[kind]()}))
             parser.error(f"--n {options.n}: no such cell; there are {have}")
-    if (options.only or options.n) and not options.out:
+    if (options.only or options.n) and not options.given_out:
         parser.error("--only and --n measure a part of a run: say of which with --out")
-    options.resume = options.out or not options.quick  # that one asks whether it works now
-    options.out = options.out or RESULTS / f"loss_{kind}_{date.today():%Y%m%d}.json"
     options.log = options.out.with_suffix(".log")
     options.rounds = options.rounds or {"cpu": 3, "gpu": 2}.get(kind, 1)
     options.key = KEY
     if options.emulate_memory:  # N is what is looked for
         options.key, options.rounds = tuple(name for name in KEY if name != "N"), 1
-    options.arguments = sys.argv[1:] if arguments is None else arguments
     options.seconds = {"quick": 0.0, "cpu": 4.0}.get(kind, 0.5)
     options.limit = LIMIT_SECONDS[kind]
     options.end = time.monotonic() + GPU_SECONDS if kind == "gpu" else math.inf
@@ -230,15 +212,6 @@ def _name(record: dict[str, Any]) -> str:
     cell = f"{record['op']:6} N={record['N']} H={record['H']} V={record['V']} {record['dtype']}"
     frozen = " frozen" if record["frozen"] else ""
     return f"{record['peer']:13}{record['method']:18}{cell} rho={record['rho']}{frozen}"
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in peers.NAMES:
-            known = ", ".join(peers.NAMES)
-            raise argparse.ArgumentTypeError(f"no peer {name!r}; there are {known}")
-    return names
 
 
 def _numbers(text: str) -> list[int]:

@@ -258,6 +258,54 @@ def write(path: Path, report: dict[str, Any]) -> None:
     part.replace(path)
 
 
+RESULTS = Path(__file__).parent / "results"
+MODES = ("quick", "cpu", "gpu", "emulate_memory")
+
+
+def parser(
+    program: str, text: str | None, helps: Sequence[str], noun: str, names: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Return what both programs understand: a mode, with its help, and the options of a run."""
+
+    def some(given: str) -> list[str]:
+        for name in given.split(","):
+            if name not in names:
+                raise argparse.ArgumentTypeError(
+                    f"no {noun} {name!r}; there are {', '.join(names)}"
+                )
+        return given.split(",")
+
+    found = argparse.ArgumentParser(
+        f"python -m {program}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    mode = found.add_mutually_exclusive_group(required=True)
+    for name, words in zip(MODES[:3], helps, strict=True):
+        mode.add_argument(f"--{name}", action="store_true", help=words)
+    mode.add_argument("--emulate-memory", type=gib, metavar="24GiB", help="the longest that fits")
+    found.add_argument("--only", type=some, help=f"some of {','.join(names)}")
+    found.add_argument("--out", type=Path, help="JSON to write; one that exists is completed")
+    found.add_argument("--rounds", type=int, help=f"how often every {noun} has its turn")
+    return found
+
+
+def parsed(
+    parser: argparse.ArgumentParser, what: str, arguments: list[str] | None
+) -> argparse.Namespace:
+    """Return the options of a run, with its mode, its device and its file: by default the day's."""
+    options = parser.parse_args(arguments)
+    if (options.gpu or options.emulate_memory) and not torch.cuda.is_available():
+        parser.error("no GPU here: use --quick or --cpu")
+    options.mode = next(name for name in MODES if getattr(options, name))
+    options.device = "cpu" if options.mode in ("quick", "cpu") else "cuda"
+    options.arguments = sys.argv[1:] if arguments is None else arguments
+    options.resume = options.out or not options.quick  # that one asks whether it works now
+    options.given_out = options.out is not None
+    options.out = options.out or RESULTS / f"{what}_{options.mode}_{date.today():%Y%m%d}.json"
+    return options
+
+
 def gib(text: str) -> float:
     """Read an argument such as 24GiB."""
     try:

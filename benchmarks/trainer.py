@@ -22,20 +22,14 @@ groups are degenerate, with advantages of exactly 0.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
-from datetime import date
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import runs, trainers
 from .runs import longest_that_fits
 from .trainer_cells import TrainerCell, cpu_cells, gpu_cells, memory_cell, quick_cells
 from .trainer_worker import OUT_OF_MEMORY, record_of
 
-RESULTS = Path(__file__).parent / "results"
 KEY = (
     "peer", "method", "op", "model", "prompts", "num_generations", "rho", "dtype", "gib",
 )  # fmt: skip
@@ -73,42 +67,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.trainer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    helps = (
+        "a miniature on a CPU",
+        "the demo and a small model on a CPU",
+        "Qwen2.5-0.5B and 1.5B on a GPU",
     )
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--quick", action="store_true", help="a miniature on a CPU")
-    mode.add_argument("--cpu", action="store_true", help="the demo and a small model on a CPU")
-    mode.add_argument("--gpu", action="store_true", help="Qwen2.5-0.5B and 1.5B on a GPU")
-    mode.add_argument(
-        "--emulate-memory", type=runs.gib, metavar="24GiB", help="the longest that fits"
-    )
-    parser.add_argument("--only", type=_names, help=f"some of {','.join(trainers.NAMES)}")
+    parser = runs.parser("benchmarks.trainer", __doc__, helps, "trainer", trainers.NAMES)
     parser.add_argument("--model", help="only cells of this model")
-    parser.add_argument("--out", type=Path, help="JSON to write; one that exists is completed")
-    parser.add_argument("--rounds", type=int, help="how often every trainer has its turn")
-    options = parser.parse_args(arguments)
-    if (options.gpu or options.emulate_memory) and not torch.cuda.is_available():
-        parser.error("no GPU here: use --quick or --cpu")
-    kind = next(k for k in ("quick", "cpu", "gpu", "emulate_memory") if getattr(options, k))
-    options.device = "cpu" if kind in ("quick", "cpu") else "cuda"
+    options = runs.parsed(parser, "trainer", arguments)
     cells = {
         "quick": quick_cells, "cpu": cpu_cells, "gpu": gpu_cells,
         "emulate_memory": lambda: [memory_cell(0)],
-    }[kind]()  # fmt: skip
+    }[options.mode]()  # fmt: skip
     options.cells = [cell for cell in cells if options.model in (None, cell.model)]
     if not options.cells:
         have = ", ".join(dict.fromkeys(cell.model for cell in cells))
         parser.error(f"--model {options.model}: no such cell; there are {have}")
-    if options.only and not options.out:
+    if options.only and not options.given_out:
         parser.error("--only measures a part of a run: say of which with --out")
-    options.resume = options.out or not options.quick  # that one asks whether it works now
-    options.out = options.out or RESULTS / f"trainer_{kind}_{date.today():%Y%m%d}.json"
     options.rounds = 1 if options.emulate_memory else options.rounds or (3 if options.cpu else 1)
-    options.arguments = sys.argv[1:] if arguments is None else arguments
-    options.limit = LIMIT_SECONDS[kind]
+    options.limit = LIMIT_SECONDS[options.mode]
     return options
 
 
@@ -189,15 +167,6 @@ def _show(record: dict[str, Any]) -> None:
         parts = [f"{phase} {record[f'ms_{phase}'][1]:.1f}" for phase in PHASES]
         found = f"ms: {', '.join(parts)}; {record['peak_extra_bytes'] / 2**20:.1f} MiB"
     print(f"{record['peer']:10}{cell:52}{found}", flush=True)
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in trainers.NAMES:
-            known = ", ".join(trainers.NAMES)
-            raise argparse.ArgumentTypeError(f"no trainer {name!r}; there are {known}")
-    return names
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,30 +21,18 @@ def absent(device: str) -> str | None:
 unavailable = absent
 
 
-def linear(inputs: Inputs, **options: str) -> Tensor:
-    return linear_grpo_loss(
-        inputs.hidden,
-        inputs.weight,
-        inputs.ids,
-        inputs.advantages,
-        completion_mask=inputs.mask,
-        old_logps=inputs.old_logps,
-        config=CONFIG,
-        **options,  # pyright: ignore[reportArgumentType]
-    ).loss
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    names = {"completion_mask": inputs.mask, "old_logps": inputs.old_logps, "config": CONFIG}
+    return {"completion_ids": inputs.ids, "advantages": inputs.advantages, **names}
+
+
+def linear(inputs: Inputs, **options: Any) -> Tensor:
+    return linear_grpo_loss(inputs.hidden, inputs.weight, **_arguments(inputs), **options).loss
 
 
 def from_logits(inputs: Inputs) -> Tensor:
     assert inputs.logits is not None
-    return grpo_loss(
-        inputs.logits,
-        inputs.ids,
-        inputs.advantages,
-        completion_mask=inputs.mask,
-        old_logps=inputs.old_logps,
-        config=CONFIG,
-        inplace=True,
-    ).loss
+    return grpo_loss(inputs.logits, **_arguments(inputs), inplace=True).loss
 
 
 def logps(inputs: Inputs) -> Tensor:
