@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastgrpo_kernels import GRPOLossConfig
+
+from .config_model import ModelOptions
+from .config_rollout import RolloutOptions
 
 
 class ConfigError(ValueError):
@@ -15,15 +19,13 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ModelOptions, RolloutOptions):
     """A GRPO run. In YAML, every field of `GRPOLossConfig` is a key beside these.
 
     Raises:
         ConfigError: a value out of range or a combination that cannot run.
     """
 
-    model_name_or_path: str | None = None
-    """A Hugging Face causal LM: a directory or a Hub name. Left out with `task`."""
     dataset_name: str | None = None
     """A Hub name, a .jsonl, .json, .csv or .parquet file, or a `save_to_disk` folder."""
     dataset_config: str | None = None
@@ -52,22 +54,19 @@ class TrainConfig:
     advantage_eps: float = 1e-4
     """Added to the standard deviation."""
 
-    num_generations: int = 8
-    """Completions sampled for each prompt."""
-    max_completion_length: int = 512
-    """Tokens a completion may have at most."""
-    temperature: float = 1.0
-    """Divides the logits, when sampling and in the loss."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probability reaches this."""
-    top_k: int = 0
-    """Sample from this many most likely tokens; 0: all."""
-    max_generation_batch_size: int | None = None
-    """Completions decoded at once, which bounds the KV cache; None: all of an optimisation step."""
     per_device_train_batch_size: int = 8
-    """Completions in one forward and backward pass."""
+    """Completions in one forward and backward pass, unless max_tokens_per_microbatch is set."""
     gradient_accumulation_steps: int = 1
     """Passes per optimisation step; the step has the product of both in completions."""
+    max_tokens_per_microbatch: int | None = None
+    """Tokens, prompts included, in one forward and backward pass: the step's completions are packed
+    into as few passes as that allows. None: per_device_train_batch_size completions in each."""
+    filter_zero_advantages: bool = True
+    """Do not run the model on completions that cannot contribute to the gradient: it is the same
+    without them. Metrics such as entropy are then means over the others."""
+    steps_per_generation: int | None = None
+    """Passes that a batch of completions is sampled for, a multiple of gradient_accumulation_steps;
+    None: that many, so that every optimisation step has completions of its own."""
     num_iterations: int = 1
     """Optimisation steps on each batch of completions (mu in the GRPO paper)."""
 
@@ -77,6 +76,17 @@ class TrainConfig:
     """Passes over the prompts, when max_steps is -1."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
+    optim: Literal[
+        "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"
+    ] = "adamw_torch_fused"
+    """AdamW of PyTorch, of bitsandbytes with 8-bit states (two names; extra `8bit`), the same with
+    states that can be paged out to CPU memory, of torchao with 8-bit states."""
+    bf16_updates: Literal["master_weights", "stochastic_rounding"] | None = None
+    """How updates of bfloat16 parameters (`dtype`) keep what is below their last place: in fp32
+    copies, or on average."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's states, and its fp32 copies of the parameters, in CPU memory and step
+    there."""
     lr_scheduler_type: str = "linear"
     """A schedule of transformers: linear, cosine, constant, constant_with_warmup, ..."""
     warmup_steps: int = 0
@@ -92,12 +102,6 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
 
-    bf16: bool | None = None
-    """Compute under bf16 autocast, parameters in fp32. None: on a GPU that has it."""
-    gradient_checkpointing: bool = True
-    """Compute activations again in backward instead of keeping them."""
-    attn_implementation: str = "sdpa"
-    """Attention of transformers: sdpa, eager, flash_attention_2 (extra `flash-attn`), ..."""
     cpu_threads: int | None = None
     """Threads of PyTorch on the CPU; None: its default. Small models are faster on 1."""
     seed: int = 42
@@ -125,17 +129,10 @@ class TrainConfig:
                 problems.append(f"{f.name}: must be finite, got {value}")
             elif self.task is not None and f.name in _NOT_WITH_TASK and value != f.default:
                 problems.append(f"{f.name}: task makes its own model and dataset; leave it out")
-        if self.num_generations < 2:
-            problems.append(
-                f"num_generations: must be at least 2, got {self.num_generations}: a completion "
-                "is judged against the others of its group, and one alone has no signal"
-            )
-        elif self.completions_per_step % self.num_generations:
-            problems.append(
-                f"per_device_train_batch_size: times gradient_accumulation_steps is "
-                f"{self.completions_per_step} completions, which num_generations = "
-                f"{self.num_generations} does not divide: groups would be torn"
-            )
+        problems += self.model_problems(beta=self.loss.beta)
+        problems += self.rollout_problems()
+        problems += self._batch_problems()
+        problems += self._optimizer_problems()
         for name in self.reward_funcs:
             if not isinstance(name, str):
                 problems.append(
@@ -160,8 +157,6 @@ class TrainConfig:
                 problems.append(f"{name}: must be 0 or more and below 1, got {getattr(self, name)}")
         if not all(map(math.isfinite, self.reward_weights or [])):
             problems.append(f"reward_weights: must be finite, got {self.reward_weights}")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p: must be above 0 and at most 1, got {self.top_p}")
         if problems:
             raise ConfigError("\n".join(problems))
         object.__setattr__(
@@ -172,6 +167,59 @@ class TrainConfig:
                 temperature=self.temperature,
                 max_completion_length=self.max_completion_length,
             ),
+        )
+
+    def _batch_problems(self) -> Iterator[str]:
+        if self.num_generations > 1 and self.completions_per_step % self.num_generations:
+            yield (
+                f"per_device_train_batch_size: times gradient_accumulation_steps is "
+                f"{self.completions_per_step} completions, which num_generations = "
+                f"{self.num_generations} does not divide: groups would be torn"
+            )
+        passes = self.steps_per_generation
+        if passes is not None and (passes < 1 or passes % self.gradient_accumulation_steps):
+            yield (
+                f"steps_per_generation: must be a multiple of gradient_accumulation_steps = "
+                f"{self.gradient_accumulation_steps}, got {passes}"
+            )
+        budget = self.max_tokens_per_microbatch
+        if budget is not None and budget <= self.max_completion_length:
+            yield (
+                f"max_tokens_per_microbatch: must be above max_completion_length = "
+                f"{self.max_completion_length}, got {budget}: a prompt and its completion would "
+                "not fit"
+            )
+        if budget is not None and self.loss.loss_type == "bnpo":
+            yield (
+                "max_tokens_per_microbatch: the loss bnpo is a mean over micro-batches and would "
+                "depend on how they are packed; use loss_type: dapo"
+            )
+
+    def _optimizer_problems(self) -> Iterator[str]:
+        if self.dtype == "bfloat16" and self.bf16_updates is None and not self.use_peft:
+            yield (
+                "dtype: in bfloat16 updates at RL learning rates are below one unit in the last "
+                "place and vanish; add bf16_updates: master_weights, or stochastic_rounding"
+            )
+        if self.bf16_updates is not None and (self.dtype != "bfloat16" or self.use_peft):
+            yield (
+                "bf16_updates: is for parameters trained in bfloat16; leave it out with "
+                + ("use_peft" if self.use_peft else f"dtype: {self.dtype}")
+            )
+        plain = self.optim == "adamw_torch_fused"
+        if self.bf16_updates == "stochastic_rounding" and (not plain or self.offload_optimizer):
+            yield (
+                "bf16_updates: stochastic_rounding is an optimizer of its own; leave out optim and "
+                "offload_optimizer, or take master_weights"
+            )
+        if self.offload_optimizer and not plain:
+            yield f"offload_optimizer: steps on the CPU with adamw_torch_fused, not {self.optim}"
+
+    @property
+    def optimizer_steps_per_generation(self) -> int:
+        """Optimisation steps, repeats aside, that a batch of completions is sampled for."""
+        return (self.steps_per_generation or self.gradient_accumulation_steps) // (
+            self.gradient_accumulation_steps
         )
 
     @property
@@ -188,8 +236,9 @@ class TrainConfig:
         """Optimisation steps of a run over a dataset of `num_prompts` prompts."""
         if self.max_steps > 0:
             return self.max_steps
-        batches = math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_step)
-        return batches * self.num_iterations
+        prompts = self.prompts_per_step * self.optimizer_steps_per_generation
+        generations = math.ceil(self.num_train_epochs * num_prompts / prompts)
+        return generations * self.optimizer_steps_per_generation * self.num_iterations
 
     def flat(self) -> dict[str, Any]:
         """Return all keys and values as they stand in YAML."""
@@ -200,7 +249,8 @@ class TrainConfig:
 
 _NOT_WITH_TASK = (
     "model_name_or_path",
-    "attn_implementation",
+    "dtype",
+    "load_in_4bit",
     "dataset_name",
     "dataset_config",
     "dataset_train_split",
@@ -209,8 +259,6 @@ _NOT_WITH_TASK = (
     "system_prompt",
 )
 _AT_LEAST_ONE = (
-    "max_generation_batch_size",
-    "max_completion_length",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_iterations",
@@ -220,14 +268,13 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = (
     "advantage_eps",
-    "top_k",
     "learning_rate",
     "warmup_steps",
     "weight_decay",
     "save_steps",
     "num_completions_to_log",
 )
-_ABOVE_ZERO = ("temperature", "max_grad_norm", "num_train_epochs", "adam_epsilon")
+_ABOVE_ZERO = ("max_grad_norm", "num_train_epochs", "adam_epsilon")
 LOSS_KEYS = tuple(
     f.name
     for f in dataclasses.fields(GRPOLossConfig)
