@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ConfigError, TrainConfig
 from .data import load_prompts
-from .model import load_model, load_tokenizer
+from .loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +30,7 @@ class Assets:
     """Give these to `Trainer` to train your own objects."""
 
     model: PreTrainedModel
-    """A causal LM, in fp32."""
+    """A causal LM, in the type it is trained in; also with adapters of PEFT."""
     tokenizer: PreTrainedTokenizerBase
     """Its tokenizer."""
     train_dataset: Dataset
@@ -65,11 +65,11 @@ def load_assets(config: TrainConfig) -> Assets:
     if config.dataset_test_split is not None:
         test_dataset = _measured(load_split(split=config.dataset_test_split), config)
     tokenizer = load_tokenizer(str(config.model_name_or_path))
-    model = load_model(
-        str(config.model_name_or_path), attn_implementation=config.attn_implementation
-    )
     return Assets(
-        model=model, tokenizer=tokenizer, train_dataset=train_dataset, test_dataset=test_dataset
+        model=load_model(config),
+        tokenizer=tokenizer,
+        train_dataset=train_dataset,
+        test_dataset=test_dataset,
     )
 
 

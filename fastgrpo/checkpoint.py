@@ -7,18 +7,27 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 
 def save_checkpoint(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a Hugging Face checkpoint (safetensors) to `path`: aside first, then renamed."""
+    """Write a Hugging Face checkpoint (safetensors) to `path`: aside first, then renamed.
+
+    Of a model with adapters (PEFT) these alone and the name of what they are for: as long as that
+    can be found, `AutoModelForCausalLM.from_pretrained(path)` loads both.
+    """
     aside = path.with_name(f".{path.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    options: dict[str, Any] = {}
+    if hasattr(model, "get_base_model"):
+        # Else PEFT would ask the Hub whether the embeddings, which are frozen, have another size.
+        options["save_embedding_layers"] = False
     with _no_progress_bar():  # it would tear the live display
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, **options)
     tokenizer.save_pretrained(aside)
     os.replace(aside, path)
 

@@ -1,0 +1,100 @@
+"""From a name in the configuration to a model and its tokenizer."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .config import TrainConfig
+
+
+def load_model(config: TrainConfig) -> PreTrainedModel:
+    """Load the causal LM a configuration names, from a directory or the Hub.
+
+    It is in `config.dtype`, on the CPU; with `load_in_4bit` its linear layers, the LM head apart,
+    are in 4 bits, and it is where it will compute, since it is quantised there.
+
+    Raises:
+        ValueError: it cannot be loaded; says why.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit:
+        device = _device()
+        options["device_map"] = {"": device}
+        options["quantization_config"] = _four_bits(config, device)
+    return _load(AutoModelForCausalLM, str(config.model_name_or_path), **options)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model from a directory or the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded; says why.
+    """
+    return _load(AutoTokenizer, name)
+
+
+def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Say whether products are computed in bf16: as configured, else on a GPU that has it."""
+    if config.bf16 is not None:
+        return config.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _four_bits(config: TrainConfig, device: torch.device) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "load_in_4bit: needs bitsandbytes, which is not installed; pip install 'fastgrpo[8bit]'"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=(
+            torch.bfloat16 if computes_in_bf16(config, device) else torch.float32
+        ),
+    )
+
+
+def _load(auto_class: Any, name: str, **options: Any) -> Any:
+    local = name.startswith((".", "/", "~")) or Path(name).exists()
+    path = Path(name).expanduser().resolve()  # adapters record it as their base
+    if local and (path / "adapter_config.json").is_file() and auto_class is AutoModelForCausalLM:
+        raise ValueError(
+            f"model_name_or_path: {name} holds adapters without their model; merge them with "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload() and save that"
+        )
+    if local and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model_name_or_path: {name} is not a model directory: it has no config.json; "
+            "save one with model.save_pretrained and tokenizer.save_pretrained"
+        )
+    if local and auto_class is AutoTokenizer and not any(path.glob("token*")):
+        raise ValueError(
+            f"model_name_or_path: {name} holds no tokenizer; save it there with "
+            "tokenizer.save_pretrained"
+        )
+    try:
+        return auto_class.from_pretrained(str(path) if local else name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hub = "" if local else " (there is no such directory, so it was taken for a Hub name)"
+        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {reason}{hub}") from error

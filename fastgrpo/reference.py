@@ -1,0 +1,105 @@
+"""What beta > 0 holds the policy near: a frozen copy of it, or the model without its adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .model import Policy
+
+
+class Reference:
+    """The policy as it was, in the type it is held in.
+
+    With adapters it is the policy with these switched off, at no cost in memory. Otherwise it is a
+    copy, which `offload_ref_model` leaves in CPU memory (pinned, if there is a GPU) but for the
+    moments in which it is asked.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        """Copy the policy, unless it has adapters to switch off.
+
+        Args:
+            policy: what is trained.
+            config: its `use_peft`, and its options of the reference.
+        """
+        self.policy, self.config = policy, config
+        self.frozen = None if config.use_peft else _frozen_copy(policy, config.offload_ref_model)
+
+    @contextmanager
+    def ready(self) -> Generator[Policy]:
+        """Give the reference as a policy that can be asked inside the context only."""
+        if self.frozen is None:
+            adapted: Any = self.policy.model
+            with adapted.disable_adapter():
+                yield self.policy
+        elif self.config.offload_ref_model:
+            with _on_device(self.frozen):
+                yield self.frozen
+        else:
+            yield self.frozen
+
+    def sync(self, step: int) -> None:
+        """Move towards the policy, if this optimisation step is one to do so (TR-DPO).
+
+        The reference becomes alpha * policy + (1 - alpha) * reference, in place and parameter by
+        parameter, every `ref_model_sync_steps` steps of a run with `sync_ref_model`
+        (the soft update of arxiv.org/abs/2404.09656).
+        """
+        if self.config.sync_ref_model and step % self.config.ref_model_sync_steps == 0:
+            self._move(self.config.ref_model_mixup_alpha)
+
+    def renew(self) -> None:
+        """Become what the policy is now, for example after a warm start.
+
+        Raises:
+            ValueError: the reference is the model without its adapters, which never moves.
+        """
+        if self.frozen is None:
+            raise ValueError(
+                "use_peft: the reference is the model without its adapters, which training them "
+                "does not move; warm the model up before it gets adapters"
+            )
+        self._move(1.0)
+
+    @torch.no_grad()
+    def _move(self, alpha: float) -> None:
+        assert self.frozen is not None
+        pairs = zip(self.frozen.model.parameters(), self.policy.model.parameters(), strict=True)
+        for old, new in pairs:
+            old.lerp_(new.to(old.device), alpha)
+
+
+def _frozen_copy(policy: Policy, offload: bool) -> Policy:
+    """Copy a policy; with `offload` its parameters go straight to the CPU."""
+    place = _to_cpu if offload else torch.clone
+    # What deepcopy finds here it takes for copied already; tied parameters stay tied.
+    memo: dict[int, object] = {id(policy.tokenizer): policy.tokenizer}
+    for parameter in policy.model.parameters():
+        memo[id(parameter)] = nn.Parameter(place(parameter.detach()), requires_grad=False)
+    frozen = copy.deepcopy(policy, memo)
+    frozen.model.eval()
+    return frozen
+
+
+def _to_cpu(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
+
+
+@contextmanager
+def _on_device(frozen: Policy) -> Generator[None]:
+    """Have the parameters on the device for a while; they come back unchanged: nothing to copy."""
+    homes = [(parameter, parameter.data) for parameter in frozen.model.parameters()]
+    try:
+        for parameter, home in homes:
+            parameter.data = home.to(frozen.device, non_blocking=True)
+        yield
+    finally:
+        for parameter, home in homes:
+            parameter.data = home
