@@ -34,7 +34,10 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
         device = _device()
         options["device_map"] = {"": device}
         options["quantization_config"] = _four_bits(config, device)
-    return _load(AutoModelForCausalLM, str(config.model_name_or_path), **options)
+    model = _load(AutoModelForCausalLM, str(config.model_name_or_path), **options)
+    if config.load_in_4bit and model.device.type == "cpu":
+        _check_widths(model)
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -72,6 +75,17 @@ def _four_bits(config: TrainConfig, device: torch.device) -> BitsAndBytesConfig:
             torch.bfloat16 if computes_in_bf16(config, device) else torch.float32
         ),
     )
+
+
+def _check_widths(model: PreTrainedModel) -> None:
+    """Refuse what bitsandbytes (0.50) gets wrong on CPUs: blocks that go over the end of a row."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize:
+            raise ValueError(
+                f"load_in_4bit: {name} has {state.shape[-1]} inputs, and on a CPU bitsandbytes is "
+                f"right for multiples of {state.blocksize} only; run on a GPU, or leave it out"
+            )
 
 
 def _load(auto_class: Any, name: str, **options: Any) -> Any:
