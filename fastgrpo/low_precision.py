@@ -31,12 +31,12 @@ class Piece(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """Return the same elements of a tensor of the parameter's shape."""
-        return x.reshape(-1)[self.start : self.stop]
+        return x.reshape(-1).narrow(0, self.start, self.stop - self.start)
 
     @property
     def values(self) -> Tensor:
         """The elements themselves, as a view."""
-        return self.parameter.detach().view(-1)[self.start : self.stop]
+        return self.of(self.parameter.detach().view(-1))
 
 
 def pieces(parameter: Tensor) -> Iterator[Piece]:
@@ -113,13 +113,6 @@ class MasterWeights(Optimizer):
                 if copy.grad is not None:
                     copy.grad = None
                     _send(copy, piece.values)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield all that is kept between steps: the copies and the states."""
-        for part in self._rounds:
-            yield from part.copies
-            for state in part.optimizer.state.values():
-                yield from (x for x in state.values() if isinstance(x, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the hyperparameters, and the copies and states of each round."""

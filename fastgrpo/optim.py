@@ -100,7 +100,7 @@ def optimizer_bytes(num_params: int, config: TrainConfig) -> OptimizerBytes:
     kept += 4 * num_params if copied else 0
     if config.offload_optimizer:
         return OptimizerBytes(0, kept, 0)
-    held = 4 * copied + 14 * (config.bf16_updates == "stochastic_rounding")
+    held = 4 * copied + 11 * (config.bf16_updates == "stochastic_rounding")
     return OptimizerBytes(kept, 0, held * min(num_params, PIECE))
 
 
