@@ -36,7 +36,7 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
         options["quantization_config"] = _four_bits(config, device)
     model = _load(AutoModelForCausalLM, str(config.model_name_or_path), **options)
     if config.load_in_4bit and model.device.type == "cpu":
-        _check_widths(model)
+        _mend_on_cpu(model)
     return model
 
 
@@ -77,8 +77,12 @@ def _four_bits(config: TrainConfig, device: torch.device) -> BitsAndBytesConfig:
     )
 
 
-def _check_widths(model: PreTrainedModel) -> None:
-    """Refuse what bitsandbytes (0.50) gets wrong on CPUs: blocks that go over the end of a row."""
+def _mend_on_cpu(model: PreTrainedModel) -> None:
+    """Keep off what bitsandbytes (0.50) gets wrong on CPUs.
+
+    Raises:
+        ValueError: the rows of a layer end within a block; it would be dequantised wrongly.
+    """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and state.shape[-1] % state.blocksize:
@@ -86,6 +90,9 @@ def _check_widths(model: PreTrainedModel) -> None:
                 f"load_in_4bit: {name} has {state.shape[-1]} inputs, and on a CPU bitsandbytes is "
                 f"right for multiples of {state.blocksize} only; run on a GPU, or leave it out"
             )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # The first evaluation would repack the weights for a product that has no gradient.
+            module.support_avx512bf16_for_cpu = False
 
 
 def _load(auto_class: Any, name: str, **options: Any) -> Any:
