@@ -1,89 +1,170 @@
 """What was sampled, as tensors the model can be trained on.
 
-P prompts, G completions a prompt, B = P * G completions, L positions (prompt and completion),
-T positions of the completion alone.
+Prompts with their completions stand one after the other, with nothing between. What is known of a
+token (log-prob, advantage, whether it counts) stands at the position that predicts it, one before
+its own.
+
+B sequences, N tokens of all of them, L tokens of the longest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .rollout import Completions
+from fastgrpo_kernels import GRPOLossConfig
 
 
 @dataclass
 class Batch:
-    """Prompts padded on the left, completions on the right: all completions start at L - T."""
+    """Sequences of some length each; tensors are on the model's device unless said otherwise."""
 
-    input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) int64
-    completion_ids: Tensor  # (B, T) int64
-    completion_mask: Tensor  # (B, T) bool
-    sampling_logps: Tensor  # (B, T) fp32, as the sampler saw them
-    advantages: Tensor  # (B,) fp32
-    prompt_lengths: list[int]
-    completion_lengths: list[int]
-    old_logps: Tensor | None = None  # (B, T) fp32; None = the policy has not moved since sampling
-    ref_logps: Tensor | None = None  # (B, T) fp32; None = beta is 0
+    input_ids: Tensor  # (N,) int64
+    mask: Tensor  # (N,) bool, on the CPU: what is predicted here is a completion token that counts
+    advantages: Tensor  # (N,) fp32, on the CPU
+    sampling_logps: Tensor  # (N,) fp32, as the sampler saw them
+    lengths: list[int]  # B, prompt and completion together
+    old_logps: Tensor | None = None  # (N,) fp32; None = the policy has not moved since sampling
+    ref_logps: Tensor | None = None  # (N,) fp32; None = beta is 0
+    importance_weights: Tensor | None = None  # (N,) fp32; None = the policy itself has sampled
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.lengths)
 
     @property
     def num_completion_tokens(self) -> int:
         """Counted tokens: the denominator of the token mean."""
-        return sum(self.completion_lengths)
+        return int(self.mask.sum())
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """Cut into micro-batches, each no longer than its own longest prompt and completion."""
-        prompt_width = self.input_ids.shape[1] - self.completion_ids.shape[1]
-        for first in range(0, len(self), size):
-            rows = slice(first, first + size)
-            length = max(self.completion_lengths[rows])
-            both = slice(prompt_width - max(self.prompt_lengths[rows]), prompt_width + length)
-            old_logps, ref_logps = self.old_logps, self.ref_logps
-            yield Batch(
-                input_ids=self.input_ids[rows, both],
-                attention_mask=self.attention_mask[rows, both],
-                completion_ids=self.completion_ids[rows, :length],
-                completion_mask=self.completion_mask[rows, :length],
-                sampling_logps=self.sampling_logps[rows, :length],
-                advantages=self.advantages[rows],
-                prompt_lengths=self.prompt_lengths[rows],
-                completion_lengths=self.completion_lengths[rows],
-                old_logps=None if old_logps is None else old_logps[rows, :length],
-                ref_logps=None if ref_logps is None else ref_logps[rows, :length],
-            )
+    @property
+    def num_nonempty(self) -> int:
+        """Sequences with a counted token."""
+        return sum(bool(part.any()) for part in self.mask.split(self.lengths))
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each sequence begins."""
+        return [0, *accumulate(self.lengths)][:-1]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(N,) position of each token in its sequence."""
+        positions = torch.cat([torch.arange(length) for length in self.lengths])
+        return positions.to(self.input_ids.device, non_blocking=True)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(B + 1,) int32: where sequences begin and end."""
+        ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        return ends.to(self.input_ids.device, non_blocking=True)
+
+    @property
+    def targets(self) -> Tensor:
+        """(N,) the token that each position predicts; at the end of a sequence, any."""
+        return self.input_ids.roll(-1)
+
+    def padded_index(self) -> tuple[Tensor, Tensor]:
+        """Return where among the N tokens those of a right-padded (B, L) are, and which are real.
+
+        Padding repeats the last token of its sequence.
+        """
+        device = self.input_ids.device
+        starts_B1 = torch.tensor(self.starts)[:, None]
+        lengths_B1 = torch.tensor(self.lengths)[:, None]
+        columns_L = torch.arange(max(self.lengths))
+        index_BL = starts_B1 + torch.minimum(columns_L, lengths_B1 - 1)
+        return index_BL.to(device), (columns_L < lengths_B1).to(device)
+
+    def tokens_of(self, rows: Sequence[int]) -> Tensor:
+        """Return the indices of the tokens of some sequences, on the CPU."""
+        starts = self.starts
+        return torch.cat([torch.arange(starts[i], starts[i] + self.lengths[i]) for i in rows])
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Return the batch of some sequences."""
+        index = self.tokens_of(rows)
+        there = index.to(self.input_ids.device, non_blocking=True)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(
+            self,
+            lengths=[self.lengths[i] for i in rows],
+            **{name: x[index if x.device.type == "cpu" else there] for name, x in tensors.items()},
+        )
+
+    def contributing(self, config: GRPOLossConfig) -> list[int]:
+        """Return the sequences that have a gradient; the others may be left out, exactly.
+
+        The denominators of the loss are those of the whole optimisation step all the same.
+        """
+        active = self.mask
+        if config.beta == 0 and config.entropy_coef == 0:
+            active = active & (self.advantages != 0)
+            if self.importance_weights is not None and config.loss_type != "vespo":
+                active = active & (self.importance_weights.cpu() != 0)
+        return [i for i, part in enumerate(active.split(self.lengths)) if part.any()]
 
 
 def make_batch(
-    prompt_ids: list[list[int]],  # P
-    completions: Completions,  # B = P * G
+    prompt_ids: Sequence[Sequence[int]],  # B
+    completion_ids: Sequence[Sequence[int]],  # B
+    logps: Sequence[Tensor],  # B, each (length of the completion,)
     advantages: Tensor,  # (B,)
-    pad_token_id: int,
 ) -> Batch:
-    """Put prompts and completions side by side."""
-    device = completions.ids.device
-    group = len(completions.ids) // len(prompt_ids)
-    width = max(map(len, prompt_ids))
-    ids_PL = torch.full((len(prompt_ids), width), pad_token_id)
-    mask_PL = torch.zeros_like(ids_PL)
-    for row, ids in enumerate(prompt_ids):
-        ids_PL[row, width - len(ids) :] = torch.tensor(ids)
-        mask_PL[row, width - len(ids) :] = 1
-    ids_BL = ids_PL.to(device).repeat_interleave(group, 0)
-    mask_BL = mask_PL.to(device).repeat_interleave(group, 0)
+    """Put each completion behind its prompt, and the sequences behind each other."""
+    device = logps[0].device
+    both = list(zip(prompt_ids, completion_ids, strict=True))
+    lengths = [len(prompt) + len(completion) for prompt, completion in both]
+    mask_N = torch.zeros(sum(lengths), dtype=torch.bool)
+    begin = 0
+    for prompt, completion in both:
+        first = begin + len(prompt) - 1
+        mask_N[first : first + len(completion)] = True
+        begin += len(prompt) + len(completion)
+    advantages_N = advantages.cpu().float().repeat_interleave(torch.tensor(lengths))
+    where = mask_N.nonzero()[:, 0].to(device)
+    logps_N = torch.zeros(len(mask_N), device=device)
+    ids = [token for pair in both for part in pair for token in part]
     return Batch(
-        input_ids=torch.cat([ids_BL, completions.ids], 1),
-        attention_mask=torch.cat([mask_BL, completions.mask.long()], 1),
-        completion_ids=completions.ids,
-        completion_mask=completions.mask,
-        sampling_logps=completions.logps,
-        advantages=advantages.to(device),
-        prompt_lengths=[len(ids) for ids in prompt_ids for _ in range(group)],
-        completion_lengths=completions.mask.sum(1).tolist(),
+        input_ids=torch.tensor(ids, device=device),
+        mask=mask_N,
+        advantages=torch.where(mask_N, advantages_N, 0),
+        sampling_logps=logps_N.index_copy(0, where, torch.cat(list(logps)).float()),
+        lengths=lengths,
     )
+
+
+def micro_batches(
+    lengths: Sequence[int], *, size: int, max_tokens: int | None, padded: bool
+) -> list[list[int]]:
+    """Divide sequences among forward passes.
+
+    Args:
+        lengths: tokens of each sequence.
+        size: sequences in each pass, where there is no budget.
+        max_tokens: tokens a pass may have; a longer sequence gets a pass of its own.
+        padded: a pass has as many tokens as its longest sequence, for each.
+
+    Returns:
+        The sequences of each pass, by their place in `lengths`. First fit, longest first: at most
+        11/9 of the fewest possible passes (Johnson 1973).
+    """
+    order = range(len(lengths))
+    if max_tokens is None:
+        return [list(order[first : first + size]) for first in range(0, len(order), size)]
+    passes: list[list[int]] = []
+    used: list[int] = []
+    for i in sorted(order, key=lambda i: -lengths[i]):
+        for k, rows in enumerate(passes):
+            cost = lengths[rows[0]] if padded else lengths[i]  # the first is the longest
+            if used[k] + cost <= max_tokens:
+                rows.append(i)
+                used[k] += cost
+                break
+        else:
+            passes.append([i])
+            used.append(lengths[i])
+    return passes

@@ -138,6 +138,15 @@ class Console:
             table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)
 
+    def accuracies(self, title: str, found: Mapping[str, Mapping[str, float]]) -> None:
+        """Print what was reached: by way of decoding, the share `before` and `after` training."""
+        rows: list[list[str]] = []
+        for how, share in found.items():
+            before, after = share["before"], share["after"]
+            change = f"{100 * (after - before):+.1f} points"
+            rows.append([how, f"{before:.1%}", f"{after:.1%}", change])
+        self.table(title, ["decoding", "before", "after", "change"], rows)
+
     def _line(self) -> str:
         return "  ".join(
             [f"step {self._count()}", *(f"{name} {text}" for name, text in self._metrics)]

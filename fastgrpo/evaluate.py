@@ -40,6 +40,7 @@ def evaluate(
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
     rewards = []
+    rollout.update_weights(policy.model)
     for first in range(0, len(dataset), batch_size):
         columns = dataset[first : first + batch_size]
         prompts = columns.pop("prompt")
@@ -47,7 +48,7 @@ def evaluate(
             encode_prompt(prompt, policy.tokenizer, system_prompt=system_prompt)
             for prompt in prompts
         ]
-        with policy.autocast():
+        with policy.sampling():
             completions = rollout.generate(prompt_ids, 1, sampling, generator)
         token_lists = completions.token_lists()
         rewards_BK = score(
@@ -58,4 +59,5 @@ def evaluate(
             columns=columns,
         )
         rewards.append(rewards_BK[:, 0])
+    rollout.sleep()
     return torch.cat(rewards).double().nanmean().item()

@@ -1,84 +1,133 @@
-"""From a batch to the fused loss: the only caller of the kernels in the trainer."""
+"""From a batch to the fused loss: the only caller of the kernels in the trainer.
+
+N tokens of a batch.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_logps
+from fastgrpo_kernels import (
+    GRPOLossConfig,
+    GRPOLossOutput,
+    importance_weights,
+    linear_grpo_loss,
+    linear_logps,
+)
 
 from .batch import Batch
+from .config_rollout import RolloutOptions
 from .model import Policy
 
+SAMPLING_DIFFERENCE = (
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+)
 
-def batch_loss(
-    policy: Policy,
-    batch: Batch,
-    config: GRPOLossConfig,
-    step: Batch,
-) -> GRPOLossOutput:
+
+def batch_loss(policy: Policy, batch: Batch, config: GRPOLossConfig, step: Batch) -> GRPOLossOutput:
     """Return a micro-batch's share of the step's loss, with its graph.
 
     Args:
         policy: the model being trained.
         batch: the micro-batch.
-        config: the mathematics of the loss.
+        config: the mathematics of the loss; scale and softcap of the logits are the model's.
         step: the batch of the whole optimisation step, whose counts are the denominators.
     """
-    lengths = step.completion_lengths
-    counted = sum(length > 0 for length in lengths) if config.skip_empty_sequences else len(lengths)
+    head, tokens = policy.head, step.num_completion_tokens
     with policy.autocast():
         return linear_grpo_loss(
-            _completion_states(policy, batch),
-            policy.head_weight,
-            batch.completion_ids,
+            policy.hidden_states(batch),
+            head.weight,
+            batch.targets,
             batch.advantages,
-            bias=policy.head_bias,
-            completion_mask=batch.completion_mask,
+            bias=head.bias,
+            completion_mask=batch.mask,
+            cu_seqlens=batch.cu_seqlens,
             old_logps=batch.old_logps,
             ref_logps=batch.ref_logps,
-            num_items_in_batch=step.num_completion_tokens,
-            num_sequences_in_batch=counted,
+            importance_sampling_ratio=batch.importance_weights,
+            num_items_in_batch=tokens,
+            num_sequences_in_batch=step.num_nonempty if config.skip_empty_sequences else len(step),
             # The entropy of bnpo is, as its loss, a mean of the micro-batch.
-            entropy_denominator=None if config.loss_type == "bnpo" else step.num_completion_tokens,
-            config=config,
+            entropy_denominator=None if config.loss_type == "bnpo" else tokens,
+            config=replace(config, logit_scale=head.logit_scale, logit_softcap=head.logit_softcap),
         )
 
 
 @torch.no_grad()
-def batch_logps(policy: Policy, batch: Batch, micro_batch_size: int, temperature: float) -> Tensor:
-    """Return the log-probs (B, T) of a batch's completions, 0 where masked."""
+def batch_logps(
+    policy: Policy, batch: Batch, passes: list[list[int]], temperature: float
+) -> Tensor:
+    """Return the log-probs (N,) of a batch's completions, 0 where masked.
+
+    Args:
+        policy: the model, or the reference.
+        batch: the completions.
+        passes: the sequences of each forward pass; those in none get 0.
+        temperature: divides the logits.
+    """
     policy.model.eval()  # as when sampling: no dropout
-    logps_BT = torch.zeros_like(batch.sampling_logps)
-    first = 0
-    for micro in batch.split(micro_batch_size):
+    head = policy.head
+    logps_N = torch.zeros_like(batch.sampling_logps)
+    for rows in passes:
+        micro = batch.select(rows)
         with policy.autocast():
             logps, _ = linear_logps(
-                _completion_states(policy, micro),
-                policy.head_weight,
-                micro.completion_ids,
-                bias=policy.head_bias,
-                mask=micro.completion_mask,
+                policy.hidden_states(micro),
+                head.weight,
+                micro.targets,
+                bias=head.bias,
+                mask=micro.mask,
                 temperature=temperature,
+                logit_scale=head.logit_scale,
+                logit_softcap=head.logit_softcap,
             )
-        logps_BT[first : first + len(micro), : logps.shape[1]] = logps
-        first += len(micro)
-    return logps_BT
+        logps_N[batch.tokens_of(rows).to(logps_N.device)] = logps
+    return logps_N
+
+
+def sampler_correction(batch: Batch, options: RolloutOptions) -> Tensor:
+    """Return the weight (N,) of each token for a sampler that was not the policy (FORMULAS).
+
+    `importance_weights` has the formula; by sequence every token has its sequence's weight.
+    """
+    assert batch.old_logps is not None
+    low = options.vllm_importance_sampling_clip_min
+    high = options.vllm_importance_sampling_clip_max
+    weights = importance_weights(
+        batch.old_logps,
+        batch.sampling_logps,
+        completion_mask=batch.mask.to(batch.old_logps.device),
+        cu_seqlens=batch.cu_seqlens,
+        mode=options.vllm_importance_sampling_mode,
+        clip_min=0.0 if low is None else low,
+        clip_max=torch.inf if high is None else high,
+    )
+    if options.vllm_importance_sampling_mode.startswith("token"):
+        return weights
+    lengths = torch.tensor(batch.lengths, device=weights.device)
+    return weights.repeat_interleave(lengths, output_size=len(batch.input_ids))
 
 
 def sampling_difference(logps: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Return how far the log-probs (B, T) in training are from those of the sampler.
+    """Return how far the log-probs (N,) in training are from those of the sampler.
 
     About 0.01 is rounding under bf16; much more means that the sampler ran on other weights.
     """
-    difference_BT = (logps - batch.sampling_logps).abs()
-    return {
-        "sampling/sampling_logp_difference/mean": difference_BT.sum() / batch.num_completion_tokens,
-        "sampling/sampling_logp_difference/max": difference_BT.max(),
-    }
+    mask_N = batch.mask.to(logps.device, non_blocking=True)
+    difference_N = (logps - batch.sampling_logps).abs().masked_fill(~mask_N, 0.0)
+    values = (difference_N.sum() / batch.num_completion_tokens, difference_N.max())
+    return dict(zip(SAMPLING_DIFFERENCE, values, strict=True))
 
 
-def _completion_states(policy: Policy, batch: Batch) -> Tensor:
-    """Return the hidden states (B, T, H) that predict the completion's tokens: a strided view."""
-    hidden_BLH = policy.hidden_states(batch.input_ids, batch.attention_mask)
-    return hidden_BLH[:, -batch.completion_ids.shape[1] - 1 : -1]
+def importance_metrics(batch: Batch) -> dict[str, float]:
+    """Return the smallest, mean and largest importance weight of a batch's counted tokens."""
+    if batch.importance_weights is None:
+        return {}
+    weights = batch.importance_weights[batch.mask.to(batch.importance_weights.device)]
+    name = "sampling/importance_sampling_ratio"
+    return {f"{name}/{what}": getattr(weights, what)().item() for what in ("min", "mean", "max")}

@@ -18,7 +18,6 @@ from torch import Tensor
 from fastgrpo_kernels import GRPOLossConfig
 
 from .advantages import Advantages
-from .rollout import Completions
 
 SUMMED = frozenset(
     {"loss", "num_tokens", "num_sequences", "num_computed_rows", "num_gradient_rows"}
@@ -117,7 +116,8 @@ def rollout_metrics(
     reward_names: Sequence[str],
     rewards_BK: Tensor,
     advantages: Advantages,
-    completions: Completions,
+    lengths: Sequence[int],
+    finished: Sequence[bool],
 ) -> dict[str, float]:
     """Return what is known of completions before training on them, named as TRL names it.
 
@@ -125,9 +125,10 @@ def rollout_metrics(
         reward_names: of the K reward functions.
         rewards_BK: (B, K) what each gave each completion, NaN where it did not judge.
         advantages: of the B completions.
-        completions: what was sampled.
+        lengths: tokens of each completion.
+        finished: whether it ended by itself.
     """
-    lengths_B = completions.mask.sum(1).float()
+    lengths_B = torch.tensor(lengths, dtype=torch.float32)
     metrics = {
         "reward": _mean_and_std(advantages.rewards)[0],
         "reward_std": advantages.group_std.mean().item(),
@@ -135,7 +136,7 @@ def rollout_metrics(
         "completions/mean_length": lengths_B.mean().item(),
         "completions/min_length": lengths_B.min().item(),
         "completions/max_length": lengths_B.max().item(),
-        "completions/clipped_ratio": 1 - completions.finished.float().mean().item(),
+        "completions/clipped_ratio": 1 - sum(finished) / len(finished),
     }
     columns = {"advantages": advantages.advantages}
     columns |= {f"rewards/{name}": rewards_BK[:, k] for k, name in enumerate(reward_names)}
@@ -152,10 +153,12 @@ def _mean_and_std(values_B: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def timed(times: dict[str, float], name: str) -> Generator[None]:
-    """Write the seconds that the block takes to `times`."""
+    """Add the seconds that the block takes, and what it left running on a GPU, to `times`."""
     start = time.perf_counter()
     yield
-    times[name] = time.perf_counter() - start
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    times[name] = times.get(name, 0.0) + time.perf_counter() - start
 
 
 class MetricsWriter:

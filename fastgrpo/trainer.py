@@ -16,25 +16,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
-from .advantages import group_advantages
 from .assets import Assets, load_assets
-from .batch import Batch, make_batch
+from .batch import Batch, micro_batches
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .console import Console
-from .data import PromptSampler, check_prompts, encode_prompt
+from .data import check_prompts
 from .evaluate import evaluate
-from .loss import batch_logps, batch_loss, sampling_difference
-from .metrics import StepMetrics, peak_memory_gib, rollout_metrics, sequence_means, timed
-from .model import Policy
+from .experience import Collector
+from .loss import (
+    SAMPLING_DIFFERENCE,
+    batch_logps,
+    batch_loss,
+    importance_metrics,
+    sampler_correction,
+    sampling_difference,
+)
+from .metrics import StepMetrics, peak_memory_gib, sequence_means, timed
 from .optim import build_optimizer, clip_gradients
-from .rewards import check_columns, decode_completions, load_rewards, score
+from .reference import Reference
+from .rewards import check_columns, load_rewards
 from .rollout import SamplingParams
-from .rollout.static import StaticCacheRollout
 from .run_directory import RunDirectory, check_free
+from .setup import build_rollout, load_policy, notes
 
 if TYPE_CHECKING:
     from datasets import Dataset
+STALE = 0.1
+"""Mean |log-prob in training - in sampling| of fresh samples that is no rounding any more."""
 
 
 class Trainer:
@@ -69,62 +78,50 @@ class Trainer:
         self.assets = assets = assets or load_assets(config)
         self.train_dataset, self.test_dataset = assets.train_dataset, assets.test_dataset
         check_columns(self.rewards, self.train_dataset.column_names)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        bf16 = config.bf16
-        if bf16 is None:
-            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        model = assets.model
-        model.to(device)  # pyright: ignore[reportArgumentType] - a wrapper hides its signature
-        self.policy = Policy(model, assets.tokenizer, bf16=bf16)
+        self.policy = load_policy(config, assets)
+        room = self.policy.positions
+        if config.max_tokens_per_microbatch is not None:
+            room = min(room, config.max_tokens_per_microbatch)
         check_prompts(
             self.train_dataset,
             assets.tokenizer,
             system_prompt=config.system_prompt,
-            room=self.policy.positions - config.max_completion_length,
+            room=room - config.max_completion_length,
         )
-        if config.gradient_checkpointing:
-            self.policy.enable_gradient_checkpointing()
-        self.reference = self.policy.frozen_copy() if config.loss.beta > 0 else None
-        self.rollout = StaticCacheRollout(
-            model,
-            eos_token_ids=self.policy.eos_token_ids,
-            pad_token_id=self.policy.pad_token_id,
-            max_batch=config.max_generation_batch_size,
+        self.reference = Reference(self.policy, config) if config.loss.beta > 0 else None
+        self.rollout = build_rollout(config, self.policy, self.console.message)
+        self.collector = Collector(
+            config, self.policy, self.rollout, self.rewards, self.train_dataset
         )
-        self.sampling = SamplingParams(
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-        )
-        self.prompts = PromptSampler(len(self.train_dataset), config.seed)
-        self.generator = torch.Generator(device).manual_seed(config.seed)
         self.num_steps = config.num_steps(len(self.train_dataset))
-        self.optimizer, self.scheduler = build_optimizer(model, config, self.num_steps)
+        self.optimizer, self.scheduler = build_optimizer(self.policy.model, config, self.num_steps)
         self.tokens_seen = 0
+        self.warned_of_stale = False
 
         self.run = RunDirectory(config, run_name)
 
     def train(self) -> dict[str, Any]:
         """Run all steps and return what `summary.json` holds."""
-        start = time.perf_counter()
+        config, start = self.config, time.perf_counter()
         with self.console:
-            if self.config.top_p < 1 or self.config.top_k > 0:
-                self.console.message(
-                    f"note: top_p={self.config.top_p} and top_k={self.config.top_k} truncate what "
-                    "is sampled; log-probs, ratios and KL are those of the whole distribution"
-                )
+            for note in notes(config, self.policy):
+                self.console.message(note)
             self.warm_start()
             before = self.test_accuracy("before")
             self.console.phase("train", self.num_steps)
             step = 0
             while step < self.num_steps:
                 times: dict[str, float] = {}
-                batch, metrics = self.collect(step + 1, times)
-                for _ in range(min(self.config.num_iterations, self.num_steps - step)):
+                batches, metrics = self.collect(step + 1, times)
+                # Each batch of the generation once, then all of them again.
+                for batch in batches * config.num_iterations:
+                    if step == self.num_steps:
+                        break
                     step += 1
                     self.log(step, batch, metrics | self.optimise(batch, times), times)
-                    if self.config.save_steps and step % self.config.save_steps == 0:
+                    if self.reference is not None:
+                        self.reference.sync(step)
+                    if config.save_steps and step % config.save_steps == 0:
                         self.save(self.run.path / "checkpoints" / f"step-{step}")
                     times = {}
             self.save(self.run.path / "final")
@@ -138,94 +135,99 @@ class Trainer:
             return
         self.console.phase("warm start", None)
         steps = self.assets.warm_start(
-            accuracy=lambda: self.measure(validation, self.sampling),
+            accuracy=lambda: self.measure(validation, self.collector.sampling),
             on_step=lambda step, loss: self.console.step({"step": step, "loss": loss}),
         )
         self.console.message(f"warm start: {steps} supervised steps")
         if self.reference is not None:  # GRPO's start, not the untrained model
-            self.reference = self.policy.frozen_copy()
+            self.reference.renew()
 
-    def collect(self, step: int, times: dict[str, float]) -> tuple[Batch, dict[str, float]]:
-        """Sample completions of the next prompts, score them and compare them in their groups."""
-        config, tokenizer = self.config, self.policy.tokenizer
-        rows = self.train_dataset[self.prompts.take(config.prompts_per_step)]
-        columns = {
-            name: [value for value in values for _ in range(config.num_generations)]
-            for name, values in rows.items()
-        }
-        prompts = columns.pop("prompt")
-        with timed(times, "generate"), self.policy.autocast():
-            prompt_ids = [
-                encode_prompt(prompt, tokenizer, system_prompt=config.system_prompt)
-                for prompt in rows["prompt"]
-            ]
-            completions = self.rollout.generate(
-                prompt_ids, config.num_generations, self.sampling, self.generator
-            )
-        with timed(times, "reward"):
-            token_lists = completions.token_lists()
-            texts = decode_completions(prompts, token_lists, tokenizer)
-            rewards_BK = score(
-                self.rewards,
-                prompts=prompts,
-                completions=texts,
-                completion_ids=token_lists,
-                columns=columns,
-            )
-            advantages = group_advantages(
-                rewards_BK,
-                torch.tensor([reward.weight for reward in self.rewards]),
-                config.num_generations,
-                scale_rewards=config.scale_rewards,
-                std=config.advantage_std,
-                advantage_eps=config.advantage_eps,
-            )
-        batch = make_batch(prompt_ids, completions, advantages.advantages, self.policy.pad_token_id)
+    def collect(self, step: int, times: dict[str, float]) -> tuple[list[Batch], dict[str, float]]:
+        """Sample and score completions; return the batch of each optimisation step, and metrics."""
+        config = self.config
+        parts = config.optimizer_steps_per_generation
+        found = self.collector.collect(config.prompts_per_step * parts, times)
         with timed(times, "logps"):
-            self.add_logps(batch)
-        self.tokens_seen += sum(batch.prompt_lengths) + batch.num_completion_tokens
-        steps = range(step, step + config.num_iterations)  # that these completions serve
+            self.add_logps(found.batch)
+        self.tokens_seen += found.num_tokens
+        steps = range(step, step + parts * config.num_iterations)  # that these completions serve
         if any(s == 1 or s % config.logging_steps == 0 for s in steps):
-            some = slice(config.num_completions_to_log)
+            samples = found.samples.select(
+                range(min(config.num_completions_to_log, len(found.samples)))
+            )
+            names = [reward.name for reward in self.rewards]
+            rewards = dict(zip(names, samples.rewards_BK.T.tolist(), strict=True))
             self.run.add_completions(
                 step,
-                prompts[some],
-                texts[some],
-                {r.name: rewards_BK[some, k].tolist() for k, r in enumerate(self.rewards)},
-                advantages.advantages[some].tolist(),
+                samples.prompts,
+                samples.texts,
+                rewards,
+                found.advantages.tolist()[: len(samples)],
             )
-        names = [reward.name for reward in self.rewards]
-        return batch, rollout_metrics(names, rewards_BK, advantages, completions)
+        size = config.completions_per_step
+        batches = [found.batch.select(range(i * size, (i + 1) * size)) for i in range(parts)]
+        return batches, found.metrics | importance_metrics(found.batch)
+
+    def passes(self, batch: Batch) -> list[list[int]]:
+        """Return the sequences of each forward and backward pass of a batch."""
+        config = self.config
+        rows = list(range(len(batch)))
+        # The means of bnpo are those of micro-batches: there nothing may be left out.
+        if config.filter_zero_advantages and config.loss.loss_type != "bnpo":
+            rows = batch.contributing(config.loss)
+        passes = micro_batches(
+            [batch.lengths[i] for i in rows],
+            size=config.per_device_train_batch_size,
+            max_tokens=config.max_tokens_per_microbatch,
+            padded=not self.policy.packed,
+        )
+        return [[rows[i] for i in each] for each in passes]
 
     def add_logps(self, batch: Batch) -> None:
-        """Add the log-probs the loss will need beside the policy's own."""
-        size, temperature = self.config.per_device_train_batch_size, self.config.temperature
-        if self.config.num_iterations > 1:
-            batch.old_logps = batch_logps(self.policy, batch, size, temperature)
+        """Add the log-probs the loss will need beside the policy's own, as far as it will."""
+        config, temperature = self.config, self.config.temperature
+        moves = config.optimizer_steps_per_generation > 1
+        if moves or not self.rollout.is_policy:
+            batch.old_logps = batch_logps(self.policy, batch, self.passes(batch), temperature)
+        if not self.rollout.is_policy and config.vllm_importance_sampling_correction:
+            batch.importance_weights = sampler_correction(batch, config)
         if self.reference is not None:
-            batch.ref_logps = batch_logps(self.reference, batch, size, temperature)
+            with self.reference.ready() as reference:
+                batch.ref_logps = batch_logps(reference, batch, self.passes(batch), temperature)
 
     def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
         """Take one optimisation step on a batch, a micro-batch at a time."""
-        totals = StepMetrics(sequence_means(self.config.loss))
+        config, model = self.config, self.policy.model
+        totals = StepMetrics(sequence_means(config.loss))
+        totals.add({"loss": 0.0, **dict.fromkeys(SAMPLING_DIFFERENCE, 0.0)}, weight=0)  # no signal
         with timed(times, "train"):
-            self.policy.model.train()
+            model.train()
             self.optimizer.zero_grad()  # also of what came before, a warm start for example
-            micros = list(batch.split(self.config.per_device_train_batch_size))
-            # The means of bnpo are those of micro-batches; all other losses are shares of the step.
-            share = 1 / len(micros) if self.config.loss.loss_type == "bnpo" else 1.0
-            for micro in micros:
-                output = batch_loss(self.policy, micro, self.config.loss, step=batch)
+            passes = self.passes(batch)
+            share = 1 / len(passes) if config.loss.loss_type == "bnpo" else 1.0
+            logps = torch.zeros_like(batch.sampling_logps)
+            for rows in passes:
+                micro = batch.select(rows)
+                output = batch_loss(self.policy, micro, config.loss, step=batch)
                 loss = output.loss * share
                 loss.backward()
+                logps[batch.tokens_of(rows).to(logps.device)] = output.logps
                 report = {"loss": loss, **sampling_difference(output.logps, micro)}
                 totals.add(output.metrics | report, weight=micro.num_completion_tokens)
-            grad_norm = clip_gradients(self.policy.model, self.config.max_grad_norm)
+            if not passes:  # a gradient of 0, which AdamW's momentum outlives, is not no gradient
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+            if config.num_iterations > 1 and batch.old_logps is None:
+                batch.old_logps = logps  # the policy as it was, at no cost
+            grad_norm = clip_gradients(model, config.max_grad_norm)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()  # frees the gradients while sampling
-        return totals.result() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        sequences = {"num_sequences": len(batch), "num_computed_sequences": sum(map(len, passes))}
+        rates = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        return totals.result() | sequences | rates
 
     def log(
         self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
@@ -238,15 +240,23 @@ class Trainer:
         metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
         self.run.add_metrics(metrics)
         self.console.step(metrics)
+        difference = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+        if "generate" in times and difference > STALE and not self.warned_of_stale:
+            self.warned_of_stale = True
+            self.console.message(
+                f"warning: log-probs in training are {difference:.2g} from those of the sampler, "
+                "in the mean: does it have the weights of this step?"
+            )
 
     def test_accuracy(self, when: str) -> dict[str, float]:
         """Return the first reward function's mean on the test split, greedy and sampled."""
         if self.test_dataset is None:
             return {}
         self.console.phase(f"test {when} training", None)
+        sampling = self.collector.sampling
         return {
-            "greedy": self.measure(self.test_dataset, replace(self.sampling, temperature=0.0)),
-            "sampled": self.measure(self.test_dataset, self.sampling),
+            "greedy": self.measure(self.test_dataset, replace(sampling, temperature=0.0)),
+            "sampled": self.measure(self.test_dataset, sampling),
         }
 
     def measure(self, dataset: Dataset, sampling: SamplingParams) -> float:
@@ -278,14 +288,8 @@ class Trainer:
         }
         if before:
             summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
-            self.console.table(
-                f"{judge} on {len(self.test_dataset or [])} held-out prompts",
-                ["decoding", "before", "after", "change"],
-                [
-                    [how, f"{b:.1%}", f"{a:.1%}", f"{100 * (a - b):+.1f} points"]
-                    for how, b, a in ((how, before[how], after[how]) for how in before)
-                ],
-            )
+            prompts = len(self.test_dataset or [])
+            self.console.accuracies(f"{judge} on {prompts} held-out prompts", summary["test"])
         summary = self.run.finish(f"rewards/{judge}/mean", **summary)
         self.console.message(f"run directory: {self.run.path}")
         return summary

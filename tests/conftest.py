@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run in its interpreter: to be asked for before its import."""
 
+import json
 import os
 
 import pytest
@@ -24,3 +25,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> str:
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def word_problems(tmp_path):
+    from small_runs import REWARD
+
+    rows = [
+        {
+            "prompt": f"Ann has {n} eggs and sells {n // 2}. How many are left?\n",
+            "answer": f"She sells {n // 2}, so {n} - {n // 2} = {n - n // 2}.\n#### {n - n // 2}",
+        }
+        for n in range(2, 34)
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    return path

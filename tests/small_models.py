@@ -1,6 +1,7 @@
 """Checkpoints small enough to make in a test: a character tokenizer and a random model."""
 
 import string
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,13 +11,26 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
-CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+CONFIGS = {
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "llama": LlamaConfig,
+    # One layer in a window shorter than the tests' sequences, one that sees everything; a softcap.
+    "gemma3": partial(
+        Gemma3TextConfig,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        head_dim=8,
+        final_logit_softcapping=5.0,
+    ),
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -1,82 +1,32 @@
 import pytest
 import torch
-from small_models import save_small_model, small_model, small_tokenizer
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+from small_models import small_model, small_tokenizer
 
-from fastgrpo.model import Policy, check_head, load_model, load_tokenizer
-
-SIZES = {
-    "vocab_size": 102,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+from fastgrpo.batch import make_batch
+from fastgrpo.model import Policy, attention_of
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def some_batch():
+    prompts, completions = [[5, 6, 7], [8], [9, 10, 11, 12]], [[13, 14], [15] * 9, [16]]
+    return make_batch(
+        prompts, completions, [torch.zeros(len(c)) for c in completions], torch.ones(3)
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3"])
 @pytest.mark.parametrize("tie", [True, False])
-def test_hidden_states_times_head_are_the_models_logits(family, tie):
-    policy = Policy(small_model(family, tie), small_tokenizer(), bf16=False)
-    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    hidden = policy.hidden_states(ids, mask)
-    logits = hidden @ policy.head_weight.T
-    alone = policy.model(ids[:1, 2:]).logits
-    torch.testing.assert_close(logits[0, 2:], alone[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits[1], policy.model(ids[1:]).logits[0], atol=1e-5, rtol=0)
-    assert policy.head_bias is None
-    tied = policy.head_weight is policy.model.get_input_embeddings().weight
-    assert tied == tie
-
-
-@pytest.mark.parametrize(
-    ("config", "option"),
-    [
-        (Gemma2Config(**SIZES, final_logit_softcapping=0.1), "final_logit_softcapping = 0.1"),
-        (CohereConfig(**SIZES, logit_scale=0.0625), "logit_scale = 0.0625"),
-    ],
-)
-def test_heads_the_loss_cannot_express_are_refused_by_name(config, option):
-    config.initializer_range = 1.0
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match=option):
-        check_head(AutoModelForCausalLM.from_config(config))
-
-
-def test_gradient_checkpointing_changes_memory_not_gradients():
-    gradients, runs = [], []
-    for checkpointing in (False, True):
-        policy = Policy(small_model("llama"), small_tokenizer(), bf16=False)
-        if checkpointing:
-            policy.enable_gradient_checkpointing()
-        calls = []
-        policy.model.model.layers[0].mlp.register_forward_pre_hook(
-            lambda *_, calls=calls: calls.append(1)
-        )
-        policy.model.train()
-        ids = torch.arange(2, 22).view(2, 10)
-        policy.hidden_states(ids, torch.ones_like(ids)).square().mean().backward()
-        gradients.append([p.grad for p in policy.model.parameters() if p.grad is not None])
-        runs.append(len(calls))
-    assert runs == [1, 2]
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_the_frozen_copy_stays_when_the_policy_moves():
-    policy = Policy(small_model(), small_tokenizer(), bf16=False)
-    reference = policy.frozen_copy()
-    before = reference.head_weight.clone()
-    with torch.no_grad():
-        policy.head_weight.add_(1.0)
-    assert torch.equal(reference.head_weight, before)
-    assert not any(p.requires_grad for p in reference.model.parameters())
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_hidden_states_are_those_of_each_sequence_alone(family, tie, padding_free):
+    model = small_model(family, tie)
+    policy = Policy(model, small_tokenizer(), bf16=False, padding_free=padding_free)
+    batch = some_batch()
+    hidden = policy.hidden_states(batch)
+    assert (policy.head.weight is model.get_input_embeddings().weight) == tie
+    model.set_attn_implementation("sdpa")
+    for i, found in enumerate(hidden.split(batch.lengths)):
+        ids = batch.select([i]).input_ids[None]
+        alone = model.get_decoder()(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
 
 
 def test_both_sources_of_end_tokens_count():
@@ -89,15 +39,37 @@ def test_both_sources_of_end_tokens_count():
         Policy(model, tokenizer, bf16=False)
 
 
-def test_a_saved_model_loads_in_fp32(tmp_path):
-    name = save_small_model(tmp_path / "model", "llama", tie=False)
-    model = load_model(name, attn_implementation="sdpa")
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert load_tokenizer(name)("ab")["input_ids"] == small_tokenizer()("ab")["input_ids"]
+def test_a_model_that_cannot_be_packed_is_padded_and_says_why():
+    model = small_model("llama")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(
+        ValueError, match=r"padding_free: .*linear_attention.*leave padding_free out"
+    ):
+        Policy(model, small_tokenizer(), bf16=False, padding_free=True)
+    policy = Policy(model, small_tokenizer(), bf16=False)
+    assert not policy.packed
+    assert "linear_attention" in policy.why_padded
+    assert attention_of(model) == "sdpa"
+    assert policy.hidden_states(some_batch()).shape == (20, 32)
 
 
-def test_what_is_no_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        load_model(str(tmp_path), attn_implementation="sdpa")
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        load_tokenizer(str(tmp_path / "missing"))
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_have_the_same_gradients_and_one_graph_for_all_lengths(checkpointing):
+    from fastgrpo.activations import enable_gradient_checkpointing
+
+    gradients = []
+    for compiled in (False, True):
+        policy = Policy(small_model("qwen3"), small_tokenizer(), bf16=False)
+        if checkpointing:
+            enable_gradient_checkpointing(policy.model, offload=False)
+        if compiled:
+            policy.compile()
+        policy.model.train()
+        for rows in ([0, 1, 2], [0, 2], [1]):
+            policy.hidden_states(some_batch().select(rows)).square().mean().backward()
+        gradients.append([p.grad for p in policy.model.parameters() if p.grad is not None])
+        with policy.sampling():
+            assert policy.model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 102)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from small_models import save_small_model
+from small_runs import lines, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo.assets import Assets, load_assets
@@ -11,56 +12,6 @@ from fastgrpo.config_file import config_from, load_config
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.static import StaticCacheRollout
 from fastgrpo.trainer import Trainer
-
-# What a model of random weights can learn in seconds: to write more of one letter.
-REWARD = """
-def letter_e(completions, answer, **columns):
-    assert len(answer) == len(completions)
-    return [text.count("e") / max(len(text), 1) for text in completions]
-
-def judges_nothing(completions, **columns):
-    return [None] * len(completions)
-"""
-
-
-@pytest.fixture
-def word_problems(tmp_path):
-    rows = [
-        {
-            "prompt": f"Ann has {n} eggs and sells {n // 2}. How many are left?\n",
-            "answer": f"She sells {n // 2}, so {n} - {n // 2} = {n - n // 2}.\n#### {n - n // 2}",
-        }
-        for n in range(2, 34)
-    ]
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    return path
-
-
-def run_config(tmp_path, dataset, model, **values):
-    return config_from(
-        {
-            "model_name_or_path": model,
-            "dataset_name": str(dataset),
-            "output_dir": str(tmp_path / "run"),
-            "reward_funcs": [f"{tmp_path}/my_rewards.py:letter_e"],
-            "num_generations": 4,
-            "per_device_train_batch_size": 16,
-            "gradient_accumulation_steps": 2,
-            "max_completion_length": 12,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "max_steps": 12,
-            "save_steps": 5,
-            "cpu_threads": 1,
-            **values,
-        }
-    )
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -89,8 +40,9 @@ def test_a_real_run_on_local_files_learns_and_its_checkpoint_scores_the_same(
     assert sum(m["reward"] for m in metrics[-3:]) / 3 > 0.3
     for m in metrics:
         assert m["reward"] == pytest.approx(m["rewards/letter_e/mean"], abs=1e-6)
-        assert m["clip_ratio/region_mean"] == 0  # on-policy
-        assert m["sampling/sampling_logp_difference/max"] < 1e-4
+        if m["num_computed_sequences"]:  # else no group had a signal
+            assert m["clip_ratio/region_mean"] == 0  # on-policy
+            assert m["sampling/sampling_logp_difference/max"] < 1e-4
         assert m["num_sequences"] == 32
         assert math.isfinite(m["grad_norm"])
     assert metrics[-1]["num_tokens"] > metrics[0]["num_tokens"] > 32 * 12
@@ -157,7 +109,7 @@ def test_the_reference_is_where_the_run_began_and_the_kl_grows_from_0(tmp_path, 
     assert kl[0] == pytest.approx(0, abs=1e-9)
     assert kl[0] < kl[1] < kl[3]
     start = AutoModelForCausalLM.from_pretrained(model).state_dict()
-    for name, value in trainer.reference.model.state_dict().items():
+    for name, value in trainer.reference.frozen.model.state_dict().items():
         assert torch.equal(value, start[name])
 
 
@@ -180,8 +132,8 @@ def test_steps_follow_from_epochs(tmp_path, word_problems):
 def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tmp_path, word_problems):
     model = save_small_model(tmp_path / "model")
     trainer = Trainer(run_config(tmp_path, word_problems, model))
-    batch, _ = trainer.collect(1, {})
-    batch.advantages[0] = math.nan
+    (batch,), _ = trainer.collect(1, {})
+    batch.advantages[batch.mask.nonzero()[0]] = math.nan
     before = [p.detach().clone() for p in trainer.policy.model.parameters()]
     with pytest.raises(FloatingPointError, match="the norm of the gradient is nan"):
         trainer.optimise(batch, {})
@@ -204,9 +156,10 @@ def test_chat_prompts_go_through_the_template_and_come_back_as_messages(tmp_path
         tmp_path, path, model, reward_funcs=[f"{tmp_path}/my_rewards.py:answered"], max_steps=1
     )
     trainer = Trainer(config)
-    batch, metrics = trainer.collect(1, {})
-    text = trainer.policy.tokenizer.decode(batch.input_ids[0, : batch.prompt_lengths[0]])
-    assert text == "[user]two plus two?\n[assistant]"
+    (batch,), metrics = trainer.collect(1, {})
+    first = batch.select([0])
+    prompt = first.input_ids[: int(first.mask.nonzero()[0]) + 1]
+    assert trainer.policy.tokenizer.decode(prompt) == "[user]two plus two?\n[assistant]"
     assert 0 <= metrics["rewards/answered/mean"] <= 1
 
 
@@ -284,24 +237,12 @@ def test_own_objects_need_no_names(tmp_path, word_problems):
     assert Trainer(config, named).num_steps == 32  # one prompt a step
 
 
-def test_16_bit_parameters_are_refused(tmp_path, word_problems):
-    """At a learning rate of 1e-6 their updates are below one unit in the last place."""
-    model = save_small_model(tmp_path / "model")
-    config = run_config(tmp_path, word_problems, model)
-    assets = load_assets(config)
-    assets.model.bfloat16()
-    with pytest.raises(
-        ValueError, match=r"parameters are torch\.bfloat16: load the model in float32"
-    ):
-        Trainer(config, assets)
-
-
 def test_truncated_sampling_is_said_and_its_log_probs_are_those_of_training(
     tmp_path, word_problems, capsys
 ):
     model = save_small_model(tmp_path / "model")
-    Trainer(run_config(tmp_path, word_problems, model, top_k=5, top_p=0.9, max_steps=1)).train()
-    assert "top_p=0.9 and top_k=5 truncate" in capsys.readouterr().out
+    Trainer(run_config(tmp_path, word_problems, model, top_k=60, top_p=0.9, max_steps=1)).train()
+    assert "top_p=0.9 and top_k=60 truncate" in capsys.readouterr().out
     (metrics,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
 
@@ -311,11 +252,10 @@ def test_accumulation_changes_neither_loss_nor_gradient(tmp_path, word_problems,
     model = save_small_model(tmp_path / "model")
     config = run_config(tmp_path, word_problems, model, loss_type=loss_type, learning_rate=0.0)
     trainer = Trainer(config)
-    batch, _ = trainer.collect(1, {})
-    batch.completion_lengths = [12] * len(
-        batch
-    )  # bnpo: equal counts, the mean of means is the mean
-    batch.completion_mask[:] = True
+    (batch,), _ = trainer.collect(1, {})
+    for i in range(32):  # bnpo: with equal counts the mean of means is the mean
+        where = batch.mask.nonzero()[batch.mask.nonzero()[:, 0] >= batch.starts[i]][0]
+        batch.mask[where + 1 : batch.starts[i] + batch.lengths[i]] = False
     results = []
     for size in (32, 8, 1):
         object.__setattr__(config, "per_device_train_batch_size", size)
@@ -328,7 +268,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(tmp_path, word_problems,
 def test_gradients_that_were_there_before_do_not_enter_a_step(tmp_path, word_problems):
     model = save_small_model(tmp_path / "model")
     trainer = Trainer(run_config(tmp_path, word_problems, model, learning_rate=0.0))
-    batch, _ = trainer.collect(1, {})
+    (batch,), _ = trainer.collect(1, {})
     clean = trainer.optimise(batch, {})["grad_norm"]
     for parameter in trainer.policy.model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -354,6 +294,6 @@ def test_generation_in_parts_is_bounded_and_serves_the_same_batch(tmp_path, word
     trainer.policy.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    batch, _ = trainer.collect(1, {})
+    (batch,), _ = trainer.collect(1, {})
     assert len(batch) == 32
     assert max(sizes) == 8
