@@ -1,4 +1,4 @@
-"""A model with layers as wide as the blocks of 4-bit weights, 64: bitsandbytes wants that of CPUs."""
+"""A model with layers as wide as the blocks of 4-bit weights, 64, which CPUs need."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastgrpo.loading import load_model
 
 
 def wide_model():
-    config = small_model("llama").config
+    config = small_model("llama", initializer_range=0.2).config
     config.hidden_size, config.head_dim, config.intermediate_size = 64, 16, 128
     with torch.random.fork_rng():
         torch.manual_seed(0)
