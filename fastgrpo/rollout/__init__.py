@@ -6,9 +6,12 @@ P prompts, G completions a prompt, B = P * G completions, T positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,9 @@ class Completions:
 class Rollout(Protocol):
     """Anything that samples completions from the current policy."""
 
+    is_policy: bool
+    """It samples with the very weights that are trained: its log-probs are the policy's."""
+
     def generate(
         self,
         prompt_ids: list[list[int]],  # P prompts of any length
@@ -64,4 +70,12 @@ class Rollout(Protocol):
         generator: torch.Generator | None = None,
     ) -> Completions:
         """Sample `num_generations` completions of each prompt."""
+        ...
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """Take the weights of the policy after an optimisation step."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back before training; again, it does nothing; `generate` wakes up."""
         ...

@@ -5,7 +5,16 @@ import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny_models import (
+    NO_EOS,
+    PAD,
+    PROMPTS,
+    count_embedded,
+    forward_logps,
+    generate_greedily,
+    greedy,
+    tiny,
+)
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -21,57 +30,9 @@ from transformers import (
 from transformers.cache_utils import StaticLayer
 
 from fastgrpo.rollout import Completions, SamplingParams
-from fastgrpo.rollout.static import StaticCacheRollout, _Decoder
+from fastgrpo.rollout.static import StaticCacheRollout
 
-PAD = 0
-PROMPTS = [[5, 9, 2], [7, 1, 8, 2, 8, 1, 8], [3], [250, 17, 99, 4, 6]]
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
-NO_EOS = {"eos_token_ids": [], "pad_token_id": PAD}
-
-
-def tiny(config_class=Qwen3Config, attention="sdpa", **overrides):
-    options = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-        "eos_token_id": None,
-        "bos_token_id": None,
-        "pad_token_id": PAD,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(
-            config_class(**options | overrides), attn_implementation=attention, dtype=torch.float32
-        ).eval()
-
-
-def greedy(n):
-    return SamplingParams(max_completion_length=n, temperature=0)
-
-
-def generate_greedily(model, prompt, n, eos=None):
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=n,
-        eos_token_id=eos,
-        pad_token_id=PAD,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-@torch.no_grad()
-def forward_logps(model, prompt, completion, temperature):
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
-    return (logits / temperature).log_softmax(-1)
 
 
 def rows(result: Completions, num_generations):
@@ -238,15 +199,6 @@ def test_a_seed_fixes_the_completions():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def count_embedded(model):
-    """Count the tokens of each pass through the embedding, as they come."""
-    fed = []
-    model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: fed.append(args[0].numel())
-    )
-    return fed
-
-
 @pytest.mark.parametrize(
     "max_batch, prefills, decoded",
     [(None, [4 * 7], [12]), (6, [2 * 7, 2 * 5], [6, 6]), (2, [3, 7, 1, 5], [2, 1] * 4)],
@@ -278,48 +230,6 @@ def test_a_batch_shorter_than_another_is_padded():
     lengths = [ids.index(eos) + 1 if eos in ids else 6 for ids in free]
     assert lengths[0] < lengths[1]
     assert result.ids.tolist() == [free[0][: lengths[0]] + [PAD] * (6 - lengths[0]), free[1]]
-
-
-class Spy(TorchDispatchMode):
-    """Note every operation that makes the host wait for a device."""
-
-    SYNCS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "multinomial")
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.syncs = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += 1
-        if func.overloadpacket.__name__ in self.SYNCS:
-            self.syncs.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.9, "top_k": 7}])
-@pytest.mark.parametrize("config_class", [Qwen3Config, Gemma3TextConfig])
-@torch.no_grad()
-def test_a_step_waits_for_nothing_and_writes_in_place(config_class, options):
-    model = tiny(config_class, sliding_window=4)
-    static = StaticCacheRollout(model, **NO_EOS)._model
-    sampling = SamplingParams(max_completion_length=6, **options)
-    decoder = _Decoder(static, static.prefill(PROMPTS), 2, sampling, None)
-
-    def addresses():
-        tensors = {k: v for k, v in vars(decoder).items() if isinstance(v, torch.Tensor)}
-        layers = {(i, k): getattr(layer, k) for i, layer in enumerate(decoder.cache.layers)
-                  for k in ("keys", "values", "cumulative_length")}  # fmt: skip
-        return {k: v.data_ptr() for k, v in (tensors | layers).items()}
-
-    before = addresses()
-    assert len(before) > 15
-    with Spy() as spy:
-        for _ in range(3):
-            decoder.step()
-    assert spy.seen > 100
-    assert spy.syncs == []
-    assert addresses() == before
-    assert decoder.written_1.item() == 4
 
 
 def test_modes_come_back_and_checkpointing_does_not_matter():

@@ -1,0 +1,118 @@
+"""The static KV cache: its layers, its bytes, and how many completions fit.
+
+P prompts, G completions a prompt, B completions decoded together, L cache positions.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+
+
+class FullLayer(StaticLayer):
+    """All positions of a layer, whatever its window, in the type of the values.
+
+    A window is left to the mask: the static sliding layer would roll its whole cache at every step
+    and count positions on the host. Under autocast the rotary embedding returns fp32 keys.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values behind those that are there, and return all."""
+        static: Any = super()
+        return static.update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+def new_cache(config: PreTrainedConfig, length: int) -> StaticCache:
+    """Make an empty cache; its layers allocate at their first update."""
+    cache: Any = StaticCache(config=config, max_cache_len=length)
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticLayer):  # else it shares the cache of another layer
+            cache.layers[i] = FullLayer(max_cache_len=length)
+    return cache
+
+
+def filled_layers(cache: StaticCache) -> list[tuple[int, FullLayer]]:
+    """Return the layers that hold keys and values, with their numbers."""
+    return [
+        (i, layer)
+        for i, layer in enumerate(cache.layers)
+        if isinstance(layer, FullLayer) and layer.is_initialized
+    ]
+
+
+def keep_rows(cache: StaticCache, rows_N: torch.Tensor) -> None:
+    """Keep some rows of a cache; a layer at a time, so that little is held twice."""
+    for _, layer in filled_layers(cache):
+        static: Any = layer
+        static.keys, static.values = static.keys[rows_N], static.values[rows_N]
+        static.batch_size = len(rows_N)
+
+
+def cache_bytes(config: PreTrainedConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the KV cache while completions are sampled.
+
+    Args:
+        config: of a model whose layers are alike; of a multimodal one, its text model counts.
+        rows: completions decoded together.
+        length: tokens of prompt and completion; layers with a window hold all of them too.
+        dtype: of keys and values: the model's, or autocast's.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    heads: int = text.num_attention_heads
+    kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
+    head: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+    keys = values = head
+    if getattr(text, "kv_lora_rank", None):  # DeepSeek's latents, cached after their expansion
+        keys, values = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
+    layers: int = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    return layers * rows * length * kv_heads * (keys + values) * dtype.itemsize
+
+
+def row_bytes(
+    config: PreTrainedConfig, length: int, dtype: torch.dtype, *, truncated: bool = False
+) -> int:
+    """Return the bytes that one more completion takes: its cache, its logits and their copies.
+
+    Args:
+        config: see `cache_bytes`.
+        length: tokens of prompt and completion.
+        dtype: of keys and values.
+        truncated: whether top-k or top-p sort the vocabulary.
+    """
+    vocabulary: int = config.get_text_config(decoder=True).vocab_size
+    # Logits, their fp32 copy, logits over temperature, probabilities; values and ids sorted twice.
+    logits = vocabulary * (4 * 4 + (4 + 8) * 2 * truncated)
+    state = length * (8 + 8 + 4 + 2)  # uniform numbers, ids, log-probs, masks
+    return cache_bytes(config, 1, length, dtype) + logits + state
+
+
+def fitting_rows(budget: int, bytes_per_row: int, num_generations: int) -> int:
+    """Return how many completions to decode at once: as many groups as fit, a power of two.
+
+    A little more or less free memory then changes nothing.
+
+    Args:
+        budget: bytes that may be taken.
+        bytes_per_row: see `row_bytes`.
+        num_generations: completions of a group; of less than one group a power of two.
+    """
+    fit = max(1, budget // bytes_per_row)
+    unit = num_generations if fit >= num_generations else 1
+    return unit << ((fit // unit).bit_length() - 1)
+
+
+def budget_bytes(device: torch.device) -> int:
+    """Return half of a GPU's free memory, or a quarter of all that the host has."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + idle) // 2
+    if not hasattr(os, "sysconf"):  # Windows
+        return 4 << 30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
