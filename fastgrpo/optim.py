@@ -92,7 +92,8 @@ def optimizer_bytes(num_params: int, config: TrainConfig) -> OptimizerBytes:
     """Return what the optimizer of `num_params` trainable parameters holds.
 
     Per parameter: 8 bytes of states in fp32, or 2 in 8 bits and 8 for every 256 of their scales (as
-    if no tensor were below 4,096 elements, whose states stay in fp32); 4 for a copy in fp32.
+    if no tensor were below 4,096 elements, whose states stay in fp32); 4 for a copy in fp32. Paged
+    states count as the device's: they leave it only when it is full.
     """
     eight_bit = config.optim != "adamw_torch_fused"
     copied = config.offload_optimizer or config.bf16_updates == "master_weights"
