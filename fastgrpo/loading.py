@@ -83,6 +83,7 @@ def _mend_on_cpu(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the rows of a layer end within a block; it would be dequantised wrongly.
     """
+    module: Any
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and state.shape[-1] % state.blocksize:
