@@ -25,33 +25,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass
-class Samples:
-    """Completions and what is known of them before training; every field has B entries."""
+@dataclass(frozen=True)
+class Sample:
+    """A completion and what is known of it before training."""
 
-    prompts: list[Any]
-    prompt_ids: list[list[int]]
-    texts: list[Completion]
-    completion_ids: list[list[int]]
-    logps: list[Tensor]  # each (length of the completion,)
-    finished: list[bool]
-    rewards_BK: Tensor
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def select(self, rows: Sequence[int]) -> Samples:
-        """Return some completions, in the order given."""
-        return Samples(
-            *(
-                x[list(rows)] if isinstance(x, Tensor) else [x[i] for i in rows]
-                for x in vars(self).values()
-            )
-        )
-
-    def __add__(self, other: Samples) -> Samples:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Samples(*(torch.cat([a, b]) if isinstance(a, Tensor) else a + b for a, b in pairs))
+    prompt: Any
+    prompt_ids: list[int]
+    text: Completion
+    completion_ids: list[int]
+    logps: Tensor  # (length of the completion,) fp32, on the model's device
+    finished: bool
+    rewards_K: Tensor  # NaN where a function did not judge
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class Experience:
     """What some optimisation steps are made from."""
 
     batch: Batch
-    samples: Samples
+    samples: list[Sample]  # B
     advantages: Tensor  # (B,)
     metrics: dict[str, float]
     num_tokens: int  # sampled and read, what was thrown away included
@@ -106,22 +90,27 @@ class Collector:
         with timed(times, "reward"):
             advantages = self._compare(samples)
             whole = advantages if everything is samples else self._compare(everything)
-        names = [reward.name for reward in self.rewards]
-        lengths = [len(ids) for ids in everything.completion_ids]
         metrics |= rollout_metrics(
-            names, everything.rewards_BK, whole, lengths, everything.finished
+            [reward.name for reward in self.rewards],
+            torch.stack([sample.rewards_K for sample in everything]),
+            whole,
+            lengths=[len(sample.completion_ids) for sample in everything],
+            finished=[sample.finished for sample in everything],
         )
         if config.dynamic_sampling:
             metrics["dynamic_sampling/frac_without_signal"] = (
                 advantages.zero_std.float().mean().item()
             )
         batch = make_batch(
-            samples.prompt_ids, samples.completion_ids, samples.logps, advantages.advantages
+            [sample.prompt_ids for sample in samples],
+            [sample.completion_ids for sample in samples],
+            [sample.logps for sample in samples],
+            advantages.advantages,
         )
-        num_tokens = sum(map(len, everything.prompt_ids)) + sum(lengths)
+        num_tokens = sum(len(x.prompt_ids) + len(x.completion_ids) for x in everything)
         return Experience(batch, samples, advantages.advantages, metrics, num_tokens)
 
-    def _sample(self, num_prompts: int, times: dict[str, float]) -> Samples:
+    def _sample(self, num_prompts: int, times: dict[str, float]) -> list[Sample]:
         config, tokenizer = self.config, self.policy.tokenizer
         rows = self.dataset[self.prompts.take(num_prompts)]
         columns = {
@@ -147,42 +136,47 @@ class Collector:
                 completion_ids=completion_ids,
                 columns=columns,
             )
-        pairs = zip(completions.logps, completion_ids, strict=True)
-        return Samples(
-            prompts=prompts,
-            prompt_ids=[ids for ids in prompt_ids for _ in range(config.num_generations)],
-            texts=texts,
-            completion_ids=completion_ids,
-            logps=[logps[: len(ids)] for logps, ids in pairs],
-            finished=completions.finished.tolist(),
-            rewards_BK=rewards_BK,
-        )
+        finished = completions.finished.tolist()
+        return [
+            Sample(
+                prompt=prompts[i],
+                prompt_ids=prompt_ids[i // config.num_generations],
+                text=texts[i],
+                completion_ids=ids,
+                logps=completions.logps[i, : len(ids)],
+                finished=finished[i],
+                rewards_K=rewards_BK[i],
+            )
+            for i, ids in enumerate(completion_ids)
+        ]
 
-    def _resample(self, samples: Samples, times: dict[str, float]) -> tuple[Samples, Samples, int]:
+    def _resample(
+        self, samples: list[Sample], times: dict[str, float]
+    ) -> tuple[list[Sample], list[Sample], int]:
         """Return as many completions with signal as can be had, all that were seen, and rounds."""
         size, everything, rounds = self.config.num_generations, samples, 0
         wanted = len(samples) // size
-        good, rest = self._by_signal(samples)
-        while len(good) < wanted and rounds < self.config.max_resample_rounds:
+        signal = self._have_signal(samples)
+        while sum(signal) < wanted and rounds < self.config.max_resample_rounds:
             rounds += 1
-            more = self._sample(wanted - len(good), times)
-            first = len(everything) // size
+            more = self._sample(wanted - sum(signal), times)
             everything = everything + more
-            for groups, found in zip((good, rest), self._by_signal(more), strict=True):
-                groups.extend(first + group for group in found)
-        kept = sorted((good + rest)[:wanted])
-        rows = [group * size + i for group in kept for i in range(size)]
-        return everything.select(rows), everything, rounds
+            signal += self._have_signal(more)
+        groups = sorted(range(len(signal)), key=lambda group: not signal[group])  # signal first
+        kept = sorted(groups[:wanted])
+        return (
+            [everything[group * size + i] for group in kept for i in range(size)],
+            everything,
+            rounds,
+        )
 
-    def _by_signal(self, samples: Samples) -> tuple[list[int], list[int]]:
-        """Return the groups whose rewards differ, and those whose rewards are all equal."""
-        equal = self._compare(samples).zero_std.tolist()
-        groups = range(len(equal))
-        return [i for i in groups if not equal[i]], [i for i in groups if equal[i]]
+    def _have_signal(self, samples: list[Sample]) -> list[bool]:
+        """Say of each group whether its rewards differ."""
+        return (~self._compare(samples).zero_std).tolist()
 
-    def _compare(self, samples: Samples) -> Advantages:
+    def _compare(self, samples: list[Sample]) -> Advantages:
         return group_advantages(
-            samples.rewards_BK,
+            torch.stack([sample.rewards_K for sample in samples]),
             torch.tensor([reward.weight for reward in self.rewards]),
             self.config.num_generations,
             scale_rewards=self.config.scale_rewards,

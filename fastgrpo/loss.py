@@ -32,7 +32,7 @@ def batch_loss(policy: Policy, batch: Batch, config: GRPOLossConfig, step: Batch
     """Return a micro-batch's share of the step's loss, with its graph.
 
     Args:
-        policy: the model being trained.
+        policy: the model being trained, in its context `packing`.
         batch: the micro-batch.
         config: the mathematics of the loss; scale and softcap of the logits are the model's.
         step: the batch of the whole optimisation step, whose counts are the denominators.
@@ -75,7 +75,7 @@ def batch_logps(
     logps_N = torch.zeros_like(batch.sampling_logps)
     for rows in passes:
         micro = batch.select(rows)
-        with policy.autocast():
+        with policy.packing(), policy.autocast():
             logps, _ = linear_logps(
                 policy.hidden_states(micro),
                 head.weight,

@@ -9,7 +9,7 @@ B sequences, N tokens of all of them, L tokens of the longest, H hidden.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import packed_attention, why_not_packed
+from .attention import packed_arguments, packed_attention, why_not_packed
 from .batch import Batch
 from .head import read_head
 
@@ -51,13 +51,14 @@ class Policy:
         self.bf16 = bf16
         self.device = next(model.parameters()).device
         self.head = read_head(model)
-        self.why_padded = "" if padding_free is not False else "padding_free is false"
+        own: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+        self.attention: str = own
+        self._own_attention: str = own
+        self.why_padded = "padding_free is false"
         if padding_free is not False:
-            self.why_padded = why_not_packed(model) or ""
+            self.why_padded = self._pack()
             if padding_free and self.why_padded:
                 raise ValueError(f"padding_free: {self.why_padded}; leave padding_free out")
-        if self.packed and "flash" not in str(attention_of(model)):
-            model.set_attn_implementation(packed_attention(self.device, self.product_dtype))
         self.compiled = False
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         # Padding is masked everywhere, so any id will do.
@@ -85,6 +86,20 @@ class Policy:
         with self.autocast(), eager:
             yield
 
+    @contextmanager
+    def packing(self) -> Generator[None]:
+        """Return the context of training: packed sequences attend to themselves.
+
+        It holds until backward is done, where gradient checkpointing attends again.
+        """
+        model, own = self.model, self._own_attention
+        if self.packed:
+            model.set_attn_implementation(self.attention)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(own)
+
     def compile(self) -> None:
         """Compile each layer of the body for training, for sequences of any length.
 
@@ -103,16 +118,10 @@ class Policy:
         """Run the body on a batch: (N, H) last hidden states, one for each of its tokens."""
         decoder = self.model.get_decoder()
         if self.packed:
-            ends, longest = batch.cu_seqlens, max(batch.lengths)
-            return decoder(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                cu_seq_lens_q=ends,
-                cu_seq_lens_k=ends,
-                max_length_q=longest,
-                max_length_k=longest,
-            ).last_hidden_state[0]
+            now: Any = self.model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+            assert now == self.attention, "packed sequences need the context policy.packing()"
+            arguments = packed_arguments(batch.lengths, self.device)
+            return decoder(input_ids=batch.input_ids[None], **arguments).last_hidden_state[0]
         index_BL, real_BL = batch.padded_index()
         hidden_BLH = decoder(
             input_ids=batch.input_ids[index_BL],
@@ -122,33 +131,18 @@ class Policy:
         ).last_hidden_state
         return hidden_BLH[real_BL]
 
+    def _pack(self) -> str:
+        """Find an attention for packed sequences, or say why there is none."""
+        best = packed_attention(self.device, self.product_dtype)
+        self.attention = self._own_attention if "flash" in self._own_attention else best
+        with self.autocast():
+            return why_not_packed(self.model, self.attention) or ""
+
     @property
     def positions(self) -> int:
         """Tokens that prompt and completion may have together."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return sys.maxsize if limit is None else limit
-
-
-def attention_of(model: PreTrainedModel) -> Any:
-    """Return the name of the attention that a model uses."""
-    return model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel, attentions: Sequence[str]) -> Generator[None]:
-    """Switch to eval mode and to one of some attentions, the first unless it has one; then back."""
-    training = [module for module in model.modules() if module.training]
-    attention = attention_of(model)
-    model.eval()
-    try:
-        if attention not in attentions:
-            model.set_attn_implementation(attentions[0])
-        yield
-    finally:
-        if attention not in attentions:
-            model.set_attn_implementation(attention)
-        for module in training:
-            module.training = True
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from .config import TrainConfig
+from .experience import Sample
 from .metrics import MetricsWriter, read_metrics
 from .report import save_curves
 
@@ -37,23 +38,20 @@ class RunDirectory:
     def add_completions(
         self,
         step: int,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        rewards: dict[str, list[float]],
-        advantages: list[float],
+        samples: Sequence[Sample],
+        reward_names: Sequence[str],
+        advantages: Sequence[float],
     ) -> None:
         """Append completions, their rewards and advantages to completions.jsonl."""
         with open(self.path / "completions.jsonl", "a", encoding="utf-8") as file:
-            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            for sample, advantage in zip(samples, advantages, strict=True):
+                rewards = zip(reward_names, sample.rewards_K.tolist(), strict=True)
                 line = {
                     "step": step,
-                    "prompt": prompt,
-                    "completion": completion,
-                    "rewards": {
-                        name: None if math.isnan(values[i]) else values[i]
-                        for name, values in rewards.items()
-                    },
-                    "advantage": advantages[i],
+                    "prompt": sample.prompt,
+                    "completion": sample.text,
+                    "rewards": {n: None if math.isnan(value) else value for n, value in rewards},
+                    "advantage": advantage,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

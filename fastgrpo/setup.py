@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -22,10 +23,10 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     Raises:
         ValueError: the model cannot do what the configuration asks for; says what and what to do.
     """
-    model = assets.model
+    model: Any = assets.model  # PEFT's wrapper is none to a type checker
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if next(model.parameters()).device.type != device.type:
-        model.to(device)  # pyright: ignore[reportArgumentType] - a wrapper hides its signature
+        model.to(device)
     if config.use_peft:
         model = add_adapters(model, config)
     # These build masks of all tokens squared; who names them wants them all the same.
@@ -57,7 +58,17 @@ def build_rollout(config: TrainConfig, policy: Policy, say: Callable[[str], None
     if config.use_vllm:
         from .rollout.vllm import VLLMRollout
 
-        return VLLMRollout(config, policy)
+        return VLLMRollout(
+            policy.model,
+            eos_token_ids=policy.eos_token_ids,
+            pad_token_id=policy.pad_token_id,
+            dtype=policy.product_dtype,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            max_model_length=config.vllm_max_model_length,
+            max_batch=config.max_generation_batch_size,
+            enable_sleep_mode=config.vllm_enable_sleep_mode,
+            seed=config.seed,
+        )
     return StaticCacheRollout(
         policy.model,
         eos_token_ids=policy.eos_token_ids,

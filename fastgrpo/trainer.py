@@ -152,17 +152,12 @@ class Trainer:
         self.tokens_seen += found.num_tokens
         steps = range(step, step + parts * config.num_iterations)  # that these completions serve
         if any(s == 1 or s % config.logging_steps == 0 for s in steps):
-            samples = found.samples.select(
-                range(min(config.num_completions_to_log, len(found.samples)))
-            )
-            names = [reward.name for reward in self.rewards]
-            rewards = dict(zip(names, samples.rewards_BK.T.tolist(), strict=True))
+            count = config.num_completions_to_log
             self.run.add_completions(
                 step,
-                samples.prompts,
-                samples.texts,
-                rewards,
-                found.advantages.tolist()[: len(samples)],
+                found.samples[:count],
+                [reward.name for reward in self.rewards],
+                found.advantages[:count].tolist(),
             )
         size = config.completions_per_step
         batches = [found.batch.select(range(i * size, (i + 1) * size)) for i in range(parts)]
@@ -200,7 +195,7 @@ class Trainer:
         config, model = self.config, self.policy.model
         totals = StepMetrics(sequence_means(config.loss))
         totals.add({"loss": 0.0, **dict.fromkeys(SAMPLING_DIFFERENCE, 0.0)}, weight=0)  # no signal
-        with timed(times, "train"):
+        with timed(times, "train"), self.policy.packing():
             model.train()
             self.optimizer.zero_grad()  # also of what came before, a warm start for example
             passes = self.passes(batch)

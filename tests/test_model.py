@@ -3,7 +3,7 @@ import torch
 from small_models import small_model, small_tokenizer
 
 from fastgrpo.batch import make_batch
-from fastgrpo.model import Policy, attention_of
+from fastgrpo.model import Policy
 
 
 def some_batch():
@@ -20,13 +20,23 @@ def test_hidden_states_are_those_of_each_sequence_alone(family, tie, padding_fre
     model = small_model(family, tie)
     policy = Policy(model, small_tokenizer(), bf16=False, padding_free=padding_free)
     batch = some_batch()
-    hidden = policy.hidden_states(batch)
+    with policy.packing():
+        hidden = policy.hidden_states(batch)
     assert (policy.head.weight is model.get_input_embeddings().weight) == tie
-    model.set_attn_implementation("sdpa")
     for i, found in enumerate(hidden.split(batch.lengths)):
         ids = batch.select([i]).input_ids[None]
         alone = model.get_decoder()(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+
+
+def test_outside_of_training_a_packed_model_is_any_model_and_packing_is_refused():
+    policy = Policy(small_model(), small_tokenizer(), bf16=False)
+    ids = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    padded = policy.model(input_ids=ids, attention_mask=mask).logits[0, :3]
+    torch.testing.assert_close(padded, policy.model(ids[:1, :3]).logits[0], atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError, match=r"policy\.packing\(\)"):
+        policy.hidden_states(some_batch())
 
 
 def test_both_sources_of_end_tokens_count():
@@ -49,8 +59,9 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_why():
     policy = Policy(model, small_tokenizer(), bf16=False)
     assert not policy.packed
     assert "linear_attention" in policy.why_padded
-    assert attention_of(model) == "sdpa"
-    assert policy.hidden_states(some_batch()).shape == (20, 32)
+    assert model.config._attn_implementation == "sdpa"
+    with policy.packing():
+        assert policy.hidden_states(some_batch()).shape == (20, 32)
 
 
 @pytest.mark.slow
@@ -67,7 +78,8 @@ def test_compiled_layers_have_the_same_gradients_and_one_graph_for_all_lengths(c
             policy.compile()
         policy.model.train()
         for rows in ([0, 1, 2], [0, 2], [1]):
-            policy.hidden_states(some_batch().select(rows)).square().mean().backward()
+            with policy.packing():
+                policy.hidden_states(some_batch().select(rows)).square().mean().backward()
         gradients.append([p.grad for p in policy.model.parameters() if p.grad is not None])
         with policy.sampling():
             assert policy.model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 102)
