@@ -54,7 +54,7 @@ class VLLMRollout:
         enable_sleep_mode: bool = False,
         seed: int = 0,
     ):
-        """Start the engine, on the device of the model's that it picks itself.
+        """Start the engine; vLLM picks the device itself.
 
         Args:
             model: the policy, also a `PeftModel`; its weights are pushed before the first token.

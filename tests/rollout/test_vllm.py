@@ -1,16 +1,19 @@
 """vLLM itself against the model whose weights it was given."""
 
 import copy
+import json
 import random
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from small_models import small_model
+from small_models import small_model, small_tokenizer
 
+from fastgrpo.config_file import config_from
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.vllm import VLLMRollout
+from fastgrpo.trainer import Trainer
 
 INSTALLED = find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
@@ -270,3 +273,46 @@ def test_what_vllm_refuses_is_said_with_the_remedy():
 def test_without_vllm_the_extra_is_named():
     with pytest.raises(ValueError, match=r"use_vllm: .* pip install 'fastgrpo\[vllm\]'"):
         start(new_model())
+
+
+def letter_e(completions, **columns):
+    return [text.count("e") / max(len(text), 1) for text in completions]
+
+
+@needs_vllm
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_run_samples_from_the_weights_it_has_just_trained(tmp_path, use_peft):
+    before = new_model()
+    before.save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [json.dumps({"prompt": f"{n} and {n}?"}) + "\n" for n in range(16)]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    config = config_from(
+        {
+            "model_name_or_path": str(tmp_path / "model"),
+            "dataset_name": str(tmp_path / "prompts.jsonl"),
+            "output_dir": str(tmp_path / "run"),
+            "reward_funcs": [f"{__file__}:letter_e"],
+            "use_vllm": True,
+            "use_peft": use_peft,
+            "vllm_gpu_memory_utilization": 0.1,
+            "num_generations": 8,
+            "per_device_train_batch_size": 32,
+            "max_completion_length": 12,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_steps": 4,
+            "cpu_threads": 1,
+        }
+    )
+    trainer = Trainer(config)
+    trainer.train()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    differences = [json.loads(line)["sampling/sampling_logp_difference/max"] for line in lines]
+    assert len(differences) == 4
+    assert max(differences) < ROUNDING
+    ids = PROMPTS[1][:9]
+    model = trainer.policy.model.eval()
+    model.set_attn_implementation("sdpa")  # that of training takes packed sequences alone
+    after = policy_logps(model, ids, ids, 1.0)
+    assert (after - policy_logps(before, ids, ids, 1.0)).abs().max() > 0.05  # it was trained
