@@ -25,8 +25,11 @@ def unavailable() -> str | None:
 class GivenOrSampled:
     """The trainer's own rollout, except in the steps whose completions are given."""
 
+    is_policy = True
+
     def __init__(self, rollout: Rollout, cell: TrainerCell, recorder: Recorder) -> None:
         self.rollout, self.cell, self.recorder = rollout, cell, recorder
+        self.update_weights, self.sleep = rollout.update_weights, rollout.sleep
 
     def generate(self, prompt_ids: list[list[int]], *rest: Any) -> Completions:
         length = self.recorder.given_length()
@@ -59,7 +62,7 @@ def train(task: Task, cell: TrainerCell, recorder: Recorder, directory: Path) ->
     )
     assets = Assets(model=task.model, tokenizer=task.tokenizer, train_dataset=task.dataset)
     trainer: Any = Trainer(config, assets)
-    trainer.rollout = GivenOrSampled(trainer.rollout, cell, recorder)
+    trainer.collector.rollout = GivenOrSampled(trainer.rollout, cell, recorder)
     collect = recorder.timed("rollout", trainer.collect)
     optimise, log = trainer.optimise, trainer.log
 
