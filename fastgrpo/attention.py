@@ -17,7 +17,6 @@ import inspect
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,25 +62,26 @@ def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
         device: where the model is.
 
     Returns:
-        Keyword arguments: `position_ids` (1, N), transformers' FlashAttentionKwargs, and the
-        lengths as numbers for `VARLEN`, which would otherwise wait for the device to learn them.
+        Keyword arguments: `position_ids` (1, N), transformers' FlashAttentionKwargs, and for
+        `VARLEN` the lengths on the CPU, so that it need not wait for a GPU to learn them.
 
     Raises:
         ValueError: there is no sequence, or an empty one.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"packed sequences must have tokens, got lengths {list(lengths)}")
-    starts = [0, *accumulate(lengths)]
-    starts_B = torch.tensor(starts[:-1]).repeat_interleave(torch.tensor(lengths))
-    cu_seq_lens = torch.tensor(starts, dtype=torch.int32).to(device)
+    lengths_B = torch.tensor(lengths)
+    ends_B = lengths_B.cumsum(0)
+    positions_N = torch.arange(sum(lengths)) - (ends_B - lengths_B).repeat_interleave(lengths_B)
+    cu_seq_lens = F.pad(ends_B, (1, 0)).to(device, torch.int32)
     return {
-        "position_ids": (torch.arange(starts[-1]) - starts_B)[None].to(device),
+        "position_ids": positions_N[None].to(device),
         "use_cache": False,
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-        "sequence_lengths": tuple(lengths),
+        "sequence_lengths": lengths_B,  # a tensor: Dynamo would compile for every list
     }
 
 
@@ -98,7 +98,7 @@ def varlen_attention(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,  # (B + 1,) int32
     max_length_q: int | None = None,
-    sequence_lengths: Sequence[int] | None = None,
+    sequence_lengths: Tensor | None = None,  # (B,) on the CPU
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend, causally, within packed sequences; the interface is that of transformers.
@@ -153,8 +153,8 @@ def varlen_attention(
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         out: Any = varlen_attn(q, k, v, *limits, scale=scaling, window_size=window, **_GROUPED)
         return out[None], None
-    lengths = cu_seq_lens_q.diff().tolist() if sequence_lengths is None else list(sequence_lengths)
-    out = _one_by_one(query, key, value, lengths, sliding_window, softcap, dropout, scaling)
+    lengths_B = cu_seq_lens_q.diff() if sequence_lengths is None else sequence_lengths
+    out = _one_by_one(query, key, value, lengths_B, sliding_window, softcap, dropout, scaling)
     return out.transpose(1, 2), None
 
 
@@ -180,13 +180,14 @@ def _one_by_one(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: list[int],
+    lengths_B: Tensor,
     sliding_window: int | None,
     softcap: float | None,
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
     """Attend to one sequence after another: (1, A, N, D) to the same."""
+    lengths: list[int] = lengths_B.tolist()
     longest = max(lengths)
     mask_LL = None
     if softcap is not None or (sliding_window is not None and sliding_window < longest):

