@@ -58,7 +58,8 @@ def cache_bytes(config: PreTrainedConfig, rows: int, length: int, dtype: torch.d
     """Return the bytes of the KV cache while completions are sampled.
 
     Args:
-        config: of a model whose layers are alike; of a multimodal one, its text model counts.
+        config: of a model whose layers are alike and cache heads (DeepSeek's latents are smaller);
+            of a multimodal one, its text model counts.
         rows: completions decoded together.
         length: tokens of prompt and completion; layers with a window hold all of them too.
         dtype: of keys and values: the model's, or autocast's.
@@ -67,11 +68,8 @@ def cache_bytes(config: PreTrainedConfig, rows: int, length: int, dtype: torch.d
     heads: int = text.num_attention_heads
     kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
     head: int = getattr(text, "head_dim", None) or text.hidden_size // heads
-    keys = values = head
-    if getattr(text, "kv_lora_rank", None):  # DeepSeek's latents, cached after their expansion
-        keys, values = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
     layers: int = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
-    return layers * rows * length * kv_heads * (keys + values) * dtype.itemsize
+    return layers * rows * length * 2 * kv_heads * head * dtype.itemsize
 
 
 def row_bytes(
