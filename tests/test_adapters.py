@@ -206,6 +206,7 @@ def run(tmp_path, model, **values):
             "learning_rate": 2e-2,
             "lr_scheduler_type": "constant",
             "use_peft": True,
+            "bf16": False,
             "beta": 1e-3,
             "save_steps": 0,
             **values,
