@@ -1,0 +1,279 @@
+"""The peak GPU memory of a run by phase, from its configuration and its model's `config.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.optim import optimizer_bytes
+from fastgrpo.rollout.cache import budget_bytes, cache_bytes, fitting_rows, row_bytes
+
+from .fake_model import build_fake, layers_of
+from .loss import LossShape
+from .passes import Footprint, Pass
+from .sampling import SamplingFootprint
+
+GIB = 2**30
+CONTEXT_BYTES = 3 * GIB // 4
+"""Allowed for what is not PyTorch's allocator's: CUDA's context, kernels, cuBLAS's workspaces."""
+SLACK = 0.05
+"""Share of the peak allowed for blocks of the allocator that are free but fit nobody."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run is planned for."""
+
+    name: str
+    total_memory: int
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the device by phase and part, each at the peak of its phase."""
+
+    phases: dict[str, dict[str, int]]
+    device: Device
+    num_parameters: int
+    num_trainable: int
+    microbatch_tokens: int
+    microbatches: int
+    rows_decoded: int
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes that PyTorch allocates at the peak."""
+        return sum(self.phases[self.peak_phase].values())
+
+    @property
+    def allowance(self) -> int:
+        """Bytes kept for what is not planned: `CONTEXT_BYTES`, and `SLACK` of the peak."""
+        return CONTEXT_BYTES + round(SLACK * self.peak)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has peak and allowance."""
+        return self.peak + self.allowance <= self.device.total_memory
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters and their bytes."""
+
+    parameters: int
+    weights: int
+    trainable: int
+    gradients: int
+    equal_layers: bool
+
+
+class Planner:
+    """Plans runs of one architecture; what fake passes have shown is kept for the next plan."""
+
+    def __init__(self, architecture: PreTrainedConfig, device: Device, prompt_length: int) -> None:
+        """Take what stays the same.
+
+        Args:
+            architecture: the model's `config.json`.
+            device: what is planned for.
+            prompt_length: tokens of the longest prompt.
+        """
+        self.architecture, self.device, self.prompt_length = architecture, device, prompt_length
+        self._kept: dict[Hashable, Any] = {}
+
+    @property
+    def room(self) -> int:
+        """Tokens that a completion may have in the model's positions."""
+        text = self.architecture.get_text_config()
+        return (getattr(text, "max_position_embeddings", None) or 2**31) - self.prompt_length
+
+    def plan(self, config: TrainConfig) -> Plan:
+        """Return the peak of each phase of a run.
+
+        Raises:
+            ValueError: the model cannot do what the configuration asks for, or not be planned.
+        """
+        sizes = self._sizes(config)
+        optimizer = optimizer_bytes(sizes.trainable, config)
+        device_states = optimizer.device if self.device.on_gpu else optimizer.device + optimizer.host
+        has_reference = config.loss.beta > 0 and not config.use_peft
+        offloaded = config.offload_ref_model and self.device.on_gpu
+        vllm = round(config.vllm_gpu_memory_utilization * self.device.total_memory)
+        vllm = vllm if config.use_vllm and self.device.on_gpu else 0
+        always = {
+            "weights": sizes.weights,
+            "optimizer": device_states,
+            "reference": sizes.weights if has_reference and not offloaded else 0,
+            "vLLM": 0 if config.vllm_enable_sleep_mode else vllm,
+        }
+        tokens, passes = self._microbatch(config)
+        sampling, rows = self._sampling(config, sum(always.values()))
+        phases = {"sampling": always | ({"vLLM": vllm} if config.use_vllm else sampling)}
+        moves = config.optimizer_steps_per_generation > 1 or config.use_vllm
+        if moves or config.loss.beta > 0:
+            asked = {"reference": sizes.weights} if has_reference else {}
+            logps = self._pass(config, tokens, frozen=has_reference and not moves)
+            phases["log-probs"] = always | asked | logps
+        phases["training"] = always | self._training(config, sizes, tokens, passes)
+        phases["optimizer step"] = always | {
+            "gradients": sizes.gradients,
+            "optimizer": device_states + optimizer.step,
+        }
+        return Plan(phases, self.device, sizes.parameters, sizes.trainable, tokens, passes, rows)
+
+    def bf16(self, config: TrainConfig) -> bool:
+        """Say whether products are computed under bf16 autocast."""
+        return self.device.on_gpu if config.bf16 is None else config.bf16
+
+    def packed(self, config: TrainConfig) -> bool:
+        """Say whether sequences are packed instead of padded."""
+        if config.padding_free is False or config.attn_implementation in ("sdpa", "eager"):
+            return False
+        kinds = getattr(self.architecture.get_text_config(), "layer_types", None) or ()
+        return set(kinds) <= {"full_attention", "sliding_attention"}
+
+    def sequence_length(self, config: TrainConfig) -> int:
+        """Return the tokens of the longest prompt and completion."""
+        return self.prompt_length + config.max_completion_length
+
+    def step_tokens(self, config: TrainConfig) -> int:
+        """Return the tokens of an optimisation step at most."""
+        return config.completions_per_step * self.sequence_length(config)
+
+    def _microbatch(self, config: TrainConfig) -> tuple[int, int]:
+        """Return the tokens of a forward and backward pass, and the passes of a step."""
+        length, step = self.sequence_length(config), self.step_tokens(config)
+        tokens = config.max_tokens_per_microbatch or length * config.per_device_train_batch_size
+        if not self.packed(config):
+            tokens = max(tokens // length, 1) * length
+        tokens = min(max(tokens, length), step)
+        return tokens, math.ceil(step / tokens)
+
+    def _training(
+        self, config: TrainConfig, sizes: _Sizes, tokens: int, passes: int
+    ) -> dict[str, int]:
+        found = self._pass(config, tokens, with_backward=True, gradients_exist=passes > 1)
+        # Gradients of earlier passes are there all along, and no business of the pass.
+        return found if passes == 1 else found | {"gradients": sizes.gradients}
+
+    def _pass(self, config: TrainConfig, tokens: int, **options: Any) -> dict[str, int]:
+        """Return the parts of a pass at its peak."""
+        options = {"with_backward": False, **options}
+        loss = self._loss(config)
+        rows = tokens * config.max_completion_length // self.sequence_length(config)
+        kind = loss.kind(rows)
+        length = None if self.packed(config) else self.sequence_length(config)
+        sizes = self._sizes(config)
+
+        def run() -> Footprint:
+            this = Pass(
+                config=config,
+                bf16=self.bf16(config),
+                on_gpu=self.device.on_gpu,
+                loss=kind,
+                padded_length=length,
+                **options,
+            )
+            return Footprint(self.architecture, this, equal_layers=sizes.equal_layers)
+
+        model = self._model_key(config, with_backward=options["with_backward"])
+        key = ("pass", model, kind, length, *sorted(options.items()))
+        footprint = self._keep(key, run)
+        if options["with_backward"]:
+            return footprint.peak(tokens, loss.forward(tokens, rows), loss.backward(tokens, rows))
+        return footprint.peak(tokens, loss.forward(tokens, rows, with_gradient=False))
+
+    def _sampling(self, config: TrainConfig, used: int) -> tuple[dict[str, int], int]:
+        """Return the parts of sampling at its peak, and the completions decoded at once."""
+        bf16, length = self.bf16(config), self.sequence_length(config)
+        dtype = torch.bfloat16 if bf16 else getattr(torch, config.dtype)
+        prompts = config.prompts_per_step * config.optimizer_steps_per_generation
+        budget = (self.device.total_memory - CONTEXT_BYTES - used) // 2
+        if not self.device.on_gpu:
+            budget = budget_bytes(torch.device("cpu"))
+        truncated = config.top_p < 1 or config.top_k > 0
+        each = row_bytes(self.architecture, length, dtype, truncated=truncated)
+        rows = config.max_generation_batch_size or fitting_rows(
+            budget, each, config.num_generations
+        )
+        group = config.num_generations
+        prompts_at_once = min(max(1, rows // group), prompts)
+        rows = prompts_at_once * min(rows, group)
+
+        def run() -> SamplingFootprint:
+            return SamplingFootprint(
+                self.architecture,
+                config,
+                self.prompt_length,
+                bf16=bf16,
+                on_gpu=self.device.on_gpu,
+                equal_layers=self._sizes(config).equal_layers,
+            )
+
+        if config.use_vllm:
+            return {}, rows
+        key = ("sampling", self._model_key(config), config.temperature == 1, config.top_p < 1, config.top_k)
+        found = self._keep(key, run).peak(prompts_at_once, rows, config.max_completion_length)
+        cache = cache_bytes(self.architecture, rows, length, dtype)
+        # A random number a token, and the results of all that has been sampled.
+        state = prompts * group * config.max_completion_length * (8 + 8 + 4 + 1)
+        activations = max(found["activations"] - cache, 0) + state
+        return {**found, "activations": activations, "KV cache": cache}, rows
+
+    def _loss(self, config: TrainConfig) -> LossShape:
+        text = self.architecture.get_text_config()
+        weight_dtype = getattr(torch, config.dtype)
+        return LossShape(
+            hidden_size=text.hidden_size,
+            vocabulary=text.vocab_size,
+            dtype=torch.bfloat16 if self.bf16(config) else weight_dtype,
+            weight_dtype=weight_dtype,
+            trains_head=not config.use_peft,
+            on_gpu=self.device.on_gpu,
+            total_memory=self.device.total_memory,
+        )
+
+    def _sizes(self, config: TrainConfig) -> _Sizes:
+        def measure() -> _Sizes:
+            model = build_fake(self.architecture, config, bf16=self.bf16(config))
+            parameters = list(model.parameters())
+            trained = [p for p in parameters if p.requires_grad]
+            shapes = [
+                [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
+                for layer in layers_of(model)
+            ]
+            return _Sizes(
+                parameters=sum(p.numel() for p in parameters),
+                weights=sum(x.nbytes for x in (*parameters, *model.buffers())),
+                trainable=sum(p.numel() for p in trained),
+                gradients=sum(p.nbytes for p in trained),
+                equal_layers=all(shape == shapes[0] for shape in shapes),
+            )
+
+        return self._keep(("sizes", self._model_key(config)), measure)
+
+    def _model_key(self, config: TrainConfig, *, with_backward: bool = False) -> Hashable:
+        """Return all that decides how the model is made and runs."""
+        names = ["dtype", "attn_implementation", "use_peft", "load_in_4bit", "use_bnb_nested_quant"]
+        names += ["lora_r", "lora_dropout", "lora_target_modules"] if config.use_peft else []
+        names += ["gradient_checkpointing", "activation_offloading"] if with_backward else []
+        return self.bf16(config), *(str(getattr(config, name)) for name in names)
+
+    def _keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]

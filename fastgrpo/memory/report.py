@@ -1,0 +1,229 @@
+"""`fastgrpo plan`: from a configuration file to tables a person can decide by."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from fastgrpo.assets import load_assets
+from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.console import Console
+from fastgrpo.data import encode_prompt, load_prompts
+from fastgrpo.loading import (
+    _load,  # pyright: ignore[reportPrivateUsage]
+    load_tokenizer,
+)
+
+from .plan import CONTEXT_BYTES, GIB, SLACK, Device, Plan, Planner
+from .search import Largest, Switch, largest_values, switches
+
+ASSUMED_PROMPT_LENGTH = 512
+"""Tokens of the longest prompt, where nothing is known of the prompts."""
+_SECONDS = 20.0  # for the Hub to answer, whose client would go on trying
+
+T = TypeVar("T")
+
+
+def print_plan(
+    config: TrainConfig,
+    *,
+    gpu_memory: str | None = None,
+    prompt_length: int | None = None,
+    console: Console | None = None,
+) -> Plan:
+    """Plan a run and print what it will take, what else would fit and what would help.
+
+    Args:
+        config: the run.
+        gpu_memory: of the GPU to plan for, for example "24GiB"; None: this machine's.
+        prompt_length: tokens of the longest prompt; None: from the dataset, if it is a local one.
+        console: where to print.
+
+    Raises:
+        ValueError: there is no GPU to plan for, or no such model; the message says what to do.
+    """
+    console = console or Console()
+    device = planned_device(gpu_memory)
+    architecture, length, told = _load_inputs(config, prompt_length)
+    planner = Planner(architecture, device, length)
+    plan = planner.plan(config)
+    for line in (verdict(plan), *facts(planner, config, plan, told)):
+        console.message(line)
+    console.table("GiB by phase", *phase_table(plan))
+    console.table("Largest that fits, each alone", *largest_table(largest_values(planner, config)))
+    found = switches(planner, config, plan)
+    if found:
+        console.table("What would save most, each alone", *switch_table(found))
+    return plan
+
+
+def planned_device(gpu_memory: str | None) -> Device:
+    """Return the GPU to plan for.
+
+    Args:
+        gpu_memory: "24GiB", "24GB" (10^9 bytes) or "24" (GiB); None: this machine's.
+
+    Raises:
+        ValueError: it is no such size, or there is no GPU.
+    """
+    if gpu_memory is None:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "this machine has no GPU: say which to plan for, for example --gpu-memory 24GiB"
+            )
+        facts: Any = torch.cuda.get_device_properties(0)
+        return Device(facts.name, facts.total_memory)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|)", gpu_memory.strip(), re.IGNORECASE)
+    size = float(match[1]) * (10**9 if match[2].lower() == "gb" else GIB) if match else 0.0
+    if size <= 0:
+        raise ValueError(f"--gpu-memory: must be like 24GiB, got {gpu_memory!r}")
+    return Device("a GPU", round(size))
+
+
+def verdict(plan: Plan) -> str:
+    """Return in one sentence whether a run fits."""
+    room = plan.device.total_memory - plan.allowance - plan.peak
+    peak = f"the peak of {gib(plan.peak)} GiB, in {plan.peak_phase},"
+    card = f"the {gib(plan.device.total_memory)} GiB of {plan.device.name}"
+    kept = f"after {gib(plan.allowance)} GiB for CUDA itself"
+    if plan.fits:
+        return f"It fits: {peak} leaves {gib(room)} GiB free of {card}, {kept}."
+    return f"It does not fit: {peak} is {gib(-room)} GiB too much for {card}, {kept}."
+
+
+def facts(planner: Planner, config: TrainConfig, plan: Plan, told: str) -> list[str]:
+    """Return what the plan is based on, a line each."""
+    layout = "packed" if planner.packed(config) else "padded"
+    name = config.model_name_or_path or f"task {config.task}"
+    passes = "1 pass" if plan.microbatches == 1 else f"{plan.microbatches} passes"
+    rows = "vLLM decodes" if config.use_vllm else f"{plan.rows_decoded:,} completions are decoded"
+    return [
+        f"{name}: {plan.num_parameters:,} parameters, {plan.num_trainable:,} of them trained",
+        f"prompts of {planner.prompt_length:,} tokens ({told}), completions of "
+        f"{config.max_completion_length:,}; all are taken to be as long",
+        f"a step is {passes} of {plan.microbatch_tokens:,} {layout} tokens; {rows} at once",
+        f"for CUDA itself: {gib(CONTEXT_BYTES)} GiB of context and workspaces, and {SLACK:.0%} of "
+        "the peak that the allocator holds and cannot use",
+    ]
+
+
+def phase_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """Return the bytes of each part in each phase."""
+    parts = list(dict.fromkeys(part for phase in plan.phases.values() for part in phase))
+    rows = [
+        [_PARTS.get(part, part), *(_cell(phase.get(part, 0)) for phase in plan.phases.values())]
+        for part in parts
+        if any(phase.get(part, 0) for phase in plan.phases.values())
+    ]
+    sums = [gib(sum(phase.values())) for phase in plan.phases.values()]
+    names = [f"{phase} (peak)" if phase == plan.peak_phase else phase for phase in plan.phases]
+    return ["", *names], [*rows, ["sum", *sums]]
+
+
+def largest_table(found: list[Largest]) -> tuple[list[str], list[list[str]]]:
+    """Return the largest values that fit."""
+
+    def text(largest: Largest) -> str:
+        if largest.value is None:
+            return "none"
+        return f"{largest.value:,}{' (no limit by memory)' if largest.bounded else ''}"
+
+    rows = [[x.key, "-" if x.now is None else f"{x.now:,}", text(x)] for x in found]
+    return ["key", "now", "largest"], rows
+
+
+def switch_table(found: list[Switch]) -> tuple[list[str], list[list[str]]]:
+    """Return what saves memory."""
+    rows = [
+        [_change(switch), gib(switch.saved), gib(switch.peak), "yes" if switch.fits else "no"]
+        for switch in found
+    ]
+    return ["change", "saves GiB", "peak GiB", "fits"], rows
+
+
+def gib(size: int) -> str:
+    """Return bytes as GiB with two digits."""
+    return f"{size / GIB:.2f}"
+
+
+_PARTS = {"copies": "bf16 copies of weights", "loss": "loss workspace"}
+
+
+def _cell(size: int) -> str:
+    return gib(size) if size else "-"
+
+
+def _change(switch: Switch) -> str:
+    """Return a change as it is written in YAML; options that are only switched off go unsaid."""
+    said = {key: value for key, value in switch.changes.items() if value not in (None, False)}
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in said.items())
+
+
+def _load_inputs(
+    config: TrainConfig, prompt_length: int | None
+) -> tuple[PreTrainedConfig, int, str]:
+    """Return the architecture, the tokens of the longest prompt, and how these are known."""
+    if config.task is not None:
+        assets = load_assets(config)
+        lengths = [len(encode_prompt(p, assets.tokenizer)) for p in assets.train_dataset["prompt"]]
+        return assets.model.config, prompt_length or max(lengths), "the longest of the task"
+    name = config.model_name_or_path
+    if not name:
+        raise ConfigError("model_name_or_path: required (or set task: arithmetic)")
+    architecture = _in_time(lambda: _load(AutoConfig, name), f"model_name_or_path: {name}")
+    if prompt_length is not None:
+        return architecture, prompt_length, "as given"
+    dataset = config.dataset_name
+    if dataset is None or not Path(dataset).expanduser().exists():
+        return architecture, ASSUMED_PROMPT_LENGTH, "an assumption; --prompt-length says otherwise"
+    rows = load_prompts(
+        dataset,
+        config.dataset_train_split,
+        config_name=config.dataset_config,
+        prompt_column=config.prompt_column,
+    )
+    tokenizer = _in_time(lambda: load_tokenizer(name), f"model_name_or_path: {name}")
+    encoded = (
+        encode_prompt(prompt, tokenizer, system_prompt=config.system_prompt)
+        for prompt in rows["prompt"]
+    )
+    return architecture, max(map(len, encoded)), "the longest of the dataset"
+
+
+def _in_time(load: Callable[[], T], what: str) -> T:
+    """Return what `load` does, or give up on a Hub that does not answer.
+
+    Raises:
+        ValueError: it failed, or took too long.
+    """
+    found: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(load())
+        except Exception as error:
+            errors.append(error)
+
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells of every attempt
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    logger.setLevel(level)
+    if errors:
+        raise errors[0]
+    if not found:
+        raise ValueError(
+            f"{what} did not load within {_SECONDS:.0f} seconds: the Hub does not answer; give a "
+            "local directory, or try again when it does"
+        )
+    return found[0]
