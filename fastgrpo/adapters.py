@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -56,6 +58,23 @@ def add_adapters(model: PreTrainedModel, config: ModelOptions) -> PeftModel:
         adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+@contextmanager
+def base_trained(model: PreTrainedModel) -> Generator[None]:
+    """Train the model below its adapters for a while, if it has some: these are switched off."""
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    with model.disable_adapter():
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

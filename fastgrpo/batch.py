@@ -149,12 +149,14 @@ def micro_batches(
         padded: a pass has as many tokens as its longest sequence, for each.
 
     Returns:
-        The sequences of each pass, by their place in `lengths`. First fit, longest first: at most
-        11/9 of the fewest possible passes (Johnson 1973).
+        The sequences of each pass, by their place in `lengths`, the longest first: those of one
+        length attend together. With a budget by first fit, which takes at most 11/9 of the fewest
+        possible passes (Johnson 1973).
     """
     order = range(len(lengths))
     if max_tokens is None:
-        return [list(order[first : first + size]) for first in range(0, len(order), size)]
+        cuts = [order[first : first + size] for first in range(0, len(order), size)]
+        return [sorted(rows, key=lambda i: -lengths[i]) for rows in cuts]
     passes: list[list[int]] = []
     used: list[int] = []
     for i in sorted(order, key=lambda i: -lengths[i]):

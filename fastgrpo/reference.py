@@ -56,17 +56,9 @@ class Reference:
             self._move(self.config.ref_model_mixup_alpha)
 
     def renew(self) -> None:
-        """Become what the policy is now, for example after a warm start.
-
-        Raises:
-            ValueError: the reference is the model without its adapters, which never moves.
-        """
-        if self.frozen is None:
-            raise ValueError(
-                "use_peft: the reference is the model without its adapters, which training them "
-                "does not move; warm the model up before it gets adapters"
-            )
-        self._move(1.0)
+        """Become what the policy is now, after a warm start; without adapters it is that already."""
+        if self.frozen is not None:
+            self._move(1.0)
 
     @torch.no_grad()
     def _move(self, alpha: float) -> None:

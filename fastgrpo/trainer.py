@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
+from .adapters import base_trained
 from .assets import Assets, load_assets
 from .batch import Batch, micro_batches
 from .checkpoint import save_checkpoint
@@ -134,10 +135,11 @@ class Trainer:
         if self.assets.warm_start is None or validation is None:
             return
         self.console.phase("warm start", None)
-        steps = self.assets.warm_start(
-            accuracy=lambda: self.measure(validation, self.collector.sampling),
-            on_step=lambda step, loss: self.console.step({"step": step, "loss": loss}),
-        )
+        with base_trained(self.policy.model):
+            steps = self.assets.warm_start(
+                accuracy=lambda: self.measure(validation, self.collector.sampling),
+                on_step=lambda step, loss: self.console.step({"step": step, "loss": loss}),
+            )
         self.console.message(f"warm start: {steps} supervised steps")
         if self.reference is not None:  # GRPO's start, not the untrained model
             self.reference.renew()

@@ -67,6 +67,24 @@ def test_sampled_accuracy_rises_by_15_points_on_every_seed(tmp_path, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["num_iterations=2", "max_steps=150"],
+        ["use_peft=true", "learning_rate=2e-3", "lora_r=32"],
+        ["loss_type=grpo", "importance_sampling_level=sequence", "num_iterations=2"],
+        ["beta=0.0", "dynamic_sampling=true", "max_tokens_per_microbatch=1000"],
+    ],
+    ids=["iterations", "lora", "gspo", "dynamic"],
+)
+def test_variants_learn_the_task_as_well(tmp_path, options):
+    config = load_config(DEMO, [f"output_dir={tmp_path / 'run'}", *options])
+    test = Trainer(config).train()["test"]
+    assert test["sampled"]["after"] >= test["sampled"]["before"] + 0.15
+    assert test["greedy"]["after"] > test["greedy"]["before"]
+
+
+@pytest.mark.slow
 def test_with_rewards_of_other_completions_accuracy_does_not_rise(tmp_path):
     path = tmp_path / "shuffled.py"
     path.write_text(SHUFFLED)
