@@ -175,6 +175,8 @@ class VLLMRollout:
         if self._stale:
             weights = checkpoint_weights(self._model)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self._device.type == "cpu":
+                self._llm.apply_model(_pack_head)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
         if self._stale and not self._llm.reset_prefix_cache():
@@ -245,6 +247,14 @@ class VLLMRollout:
                 f"{max_length} exceeds the {self._max_model_length} that vLLM makes room for: "
                 "raise vllm_max_model_length, or shorten the prompt or max_completion_length"
             )
+
+
+def _pack_head(model: Any) -> None:
+    """Pack the LM head again: on a CPU a tied one has a copy, which `reload_weights` forgets."""
+    embedding: Any = import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+    for module in model.modules():
+        if isinstance(module, embedding.ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _reason(error: Any) -> str:

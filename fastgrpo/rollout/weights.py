@@ -54,9 +54,8 @@ def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             read, and not changed.
 
     Yields:
-        What `save_pretrained` of the merged model writes, and tied weights under all their names:
-        on a CPU, vLLM keeps a packed copy of a tied head. Where nothing is merged or converted
-        the memory is the model's own.
+        What `save_pretrained` of the merged model writes, tied weights once. Where nothing is
+        merged or converted the memory is the model's own.
     """
     base = _without_peft(model)
     adapted: dict[str, Any] = {n: m for n, m in base.named_modules() if _is_adapted(m)}
@@ -67,13 +66,17 @@ def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _own_tensors(base: PreTrainedModel, adapted: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights under the names they had before there were adapters."""
-    for name, tensor in base.state_dict().items():
+    seen: set[int] = set()
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:  # tied
+            continue
+        seen.add(id(tensor))
         module = next((m for m in _parents(name) if m in adapted), None)
         if module is None:
-            yield name, tensor
+            yield name, tensor.detach()
         elif name.startswith(f"{module}.base_layer."):
             kind = name.removeprefix(f"{module}.base_layer.")
-            merged = _merged(adapted[module], tensor) if kind == "weight" else tensor
+            merged = _merged(adapted[module], tensor) if kind == "weight" else tensor.detach()
             yield f"{module}.{kind}", merged
 
 
@@ -81,7 +84,7 @@ def _merged(module: Any, weight: Tensor) -> Tensor:
     """Return the weight of a LoRA layer with its active adapters."""
     active = [name for name in module.active_adapters if name in module.scaling]
     if module.disable_adapters or module.merged or not active:
-        return weight
+        return weight.detach()
     merged = weight.float()
     for name in active:
         merged = merged + module.get_delta_weight(name).float()
