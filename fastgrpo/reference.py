@@ -56,7 +56,7 @@ class Reference:
             self._move(self.config.ref_model_mixup_alpha)
 
     def renew(self) -> None:
-        """Become what the policy is now, after a warm start; without adapters it is that already."""
+        """Become what the policy is now, after a warm start; with adapters it is that already."""
         if self.frozen is not None:
             self._move(1.0)
 

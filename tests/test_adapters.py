@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from fastgrpo import linear_grpo_loss, reference
-from fastgrpo.adapters import add_adapters
+from fastgrpo.adapters import add_adapters, base_trained
 from fastgrpo.config import TrainConfig
 from fastgrpo.config_file import config_from
 from fastgrpo.trainer import Trainer
@@ -69,6 +69,26 @@ def test_named_modules_alone_get_adapters():
     assert {name.split("model.layers.")[1] for name in names} == {
         "0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj"
     }  # fmt: skip
+
+
+def test_the_base_can_be_trained_without_its_adapters_for_a_while():
+    plain, adapted = small_model("llama"), adapted_model()
+    adapters = {n: p.detach().clone() for n, p in adapted.named_parameters() if p.requires_grad}
+    for model in (plain, adapted):
+        with base_trained(model):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(input_ids=IDS).logits.square().mean().backward()
+            optimizer.step()
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad} == adapters.keys()
+    for name, parameter in adapted.named_parameters():
+        if name in adapters:
+            assert torch.equal(parameter, adapters[name])
+    with adapted.disable_adapter():
+        found = adapted(input_ids=IDS).logits
+    torch.testing.assert_close(found, plain(input_ids=IDS).logits, atol=1e-6, rtol=0)
+    start = small_model("llama")(input_ids=IDS).logits
+    assert (found - start).abs().max() > 1e-4
+    assert all(p.requires_grad for p in plain.parameters())
 
 
 def test_adapters_add_a_scaled_product_to_each_weight():
