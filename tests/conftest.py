@@ -2,11 +2,13 @@
 
 import json
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+HAS_VLLM = find_spec("vllm") is not None
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -20,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "vllm" in item.keywords and not HAS_VLLM:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from fastgrpo.rollout.vllm import VLLMRollout
 from fastgrpo.trainer import Trainer
 
 INSTALLED = find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM and what it imports warn of themselves
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[5, 9, 2], [7, 1, 8, 2, 8, 1, 8] * 6, [3]]
@@ -80,7 +79,7 @@ def generate(engine, *, num_generations=3, seed=0, **sampling):
     return engine.generate(PROMPTS, num_generations, sampling, torch.Generator().manual_seed(seed))
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -105,7 +104,7 @@ def test_logps_are_the_policys_over_the_whole_vocabulary(engine, policy, samplin
     assert distinct == ([1, 1, 1] if sampling.get("temperature") == 0 else [3, 3, 3])
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_sampling_follows_the_distribution(engine, policy):
     draws = 3000
     result = engine.generate(
@@ -124,7 +123,7 @@ def test_sampling_follows_the_distribution(engine, policy):
     assert chi_square < 7 + 4 * (2 * 7) ** 0.5
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_weights_are_stale_until_they_are_pushed(engine, policy):
     assert max(differences(policy, generate(engine))) < ROUNDING
     with torch.no_grad():
@@ -135,7 +134,7 @@ def test_weights_are_stale_until_they_are_pushed(engine, policy):
     assert max(differences(policy, generate(engine))) < ROUNDING
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_tokens_read_under_earlier_weights_are_forgotten(engine, policy):
     long = [(3 * i) % 90 + 5 for i in range(200)]  # more than a block of the prefix cache
 
@@ -149,7 +148,7 @@ def test_tokens_read_under_earlier_weights_are_forgotten(engine, policy):
     assert first_logp(new_model(seed=1)).abs() < ROUNDING
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_adapters_are_pushed_merged(engine, policy):
     from peft import LoraConfig, get_peft_model
 
@@ -171,7 +170,7 @@ def test_adapters_are_pushed_merged(engine, policy):
     assert torch.equal(again.logps, plain.logps)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_sleep_drops_the_weights_and_generate_brings_them_back(engine, policy):
     expected = generate(engine)
     engine.sleep()
@@ -192,7 +191,7 @@ def test_sleep_drops_the_weights_and_generate_brings_them_back(engine, policy):
     assert max(differences(policy, generate(engine))) < ROUNDING
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_any_eos_ends_a_completion(engine, policy, monkeypatch):
     free = generate(engine, max_completion_length=12)
     eos = [free.ids[0, 3].item(), free.ids[4, 5].item()]
@@ -209,7 +208,7 @@ def test_any_eos_ends_a_completion(engine, policy, monkeypatch):
     assert max(differences(policy, result)) < ROUNDING
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_the_generator_fixes_the_completions(engine, policy):
     generator = torch.Generator().manual_seed(3)
     sampling = SamplingParams(max_completion_length=6)
@@ -223,7 +222,7 @@ def test_the_generator_fixes_the_completions(engine, policy):
     assert not torch.equal(first.ids, generate(engine, num_generations=4, seed=4).ids)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_autocast_around_it_changes_nothing(engine, policy):
     expected = generate(engine)
     engine.update_weights(policy)
@@ -232,7 +231,7 @@ def test_autocast_around_it_changes_nothing(engine, policy):
     assert torch.equal(result.logps, expected.logps)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_bad_requests_name_the_value_and_the_remedy(engine):
     sampling = SamplingParams(max_completion_length=4)
     with pytest.raises(ValueError, match="prompt_ids is empty"):
@@ -245,7 +244,7 @@ def test_bad_requests_name_the_value_and_the_remedy(engine):
         engine.generate([[5] * 253], 1, sampling)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_an_untied_model_in_bfloat16_and_a_start_that_leaves_no_trace():
     model = new_model("llama", tie=False)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
@@ -261,7 +260,7 @@ def test_an_untied_model_in_bfloat16_and_a_start_that_leaves_no_trace():
     assert not rollout._llm.llm_engine.is_sleeping()
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_what_vllm_refuses_is_said_with_the_remedy():
     with pytest.raises(
         ValueError, match=r"vLLM cannot start: .*\(1000\).*; .* vllm_max_model_length"
@@ -279,7 +278,7 @@ def letter_e(completions, **columns):
     return [text.count("e") / max(len(text), 1) for text in completions]
 
 
-@needs_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_a_run_samples_from_the_weights_it_has_just_trained(tmp_path, use_peft):
     before = new_model()
