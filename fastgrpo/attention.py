@@ -2,8 +2,9 @@
 
 `VARLEN` is an attention of transformers' AttentionInterface. On CUDA in bf16 or fp16 it is the
 flash attention inside torch, which needs no package; elsewhere one `scaled_dot_product_attention`
-a sequence. Padding sequences of like length together was tried instead: on a CPU no faster for 256
-sequences of 40 tokens, slower for 16 of 20 to 600, and it keeps padded copies for backward.
+for each run of neighbours of one length. Padding sequences of like length together was tried
+instead: on a CPU no faster for 256 sequences of 40 tokens, slower for 16 of 20 to 600, and it keeps
+padded copies for backward.
 
 No mask function is registered: without one transformers makes no mask and so does not wait for the
 device to find the sequences in the positions. What a mask would say is lost: never give one.
@@ -17,6 +18,7 @@ import inspect
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -154,7 +156,7 @@ def varlen_attention(
         out: Any = varlen_attn(q, k, v, *limits, scale=scaling, window_size=window, **_GROUPED)
         return out[None], None
     lengths_B = cu_seq_lens_q.diff() if sequence_lengths is None else sequence_lengths
-    out = _one_by_one(query, key, value, lengths_B, sliding_window, softcap, dropout, scaling)
+    out = _run_by_run(query, key, value, lengths_B, sliding_window, softcap, dropout, scaling)
     return out.transpose(1, 2), None
 
 
@@ -176,7 +178,7 @@ def _flash_takes(query: Tensor, value: Tensor) -> bool:
 
 # Compiled it would be anew for every list of lengths.
 @torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
-def _one_by_one(
+def _run_by_run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -186,34 +188,37 @@ def _one_by_one(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
-    """Attend to one sequence after another: (1, A, N, D) to the same."""
-    lengths: list[int] = lengths_B.tolist()
-    longest = max(lengths)
+    """Attend to one run of equally long sequences after another: (1, A, N, D) to the same."""
+    runs = [(length, len(list(run))) for length, run in groupby(lengths_B.tolist())]
+    longest = max(length for length, _ in runs)
     mask_LL = None
     if softcap is not None or (sliding_window is not None and sliding_window < longest):
         mask_LL = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril()
         if sliding_window is not None:
             mask_LL = mask_LL.triu(1 - sliding_window)
+    tokens = [length * count for length, count in runs]
     outputs: list[Tensor] = []
-    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
-        length = q.shape[2]
+    for run, *parts in zip(
+        runs, *(x[0].split(tokens, 1) for x in (query, key, value)), strict=True
+    ):
+        length, count = run
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in parts)
         mask = None if mask_LL is None else mask_LL[:length, :length]
         if softcap is not None and mask is not None:
-            outputs.append(_capped(q, k, v, mask, softcap, dropout, scaling))
+            out = _capped(q, k, v, mask, softcap, dropout, scaling)
         else:
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=mask,
-                    dropout_p=dropout,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
-    return torch.cat(outputs, 2)
+        outputs.append(out.transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs, 1)[None]
 
 
 def _capped(
