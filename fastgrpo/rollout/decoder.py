@@ -65,7 +65,7 @@ class StaticModel:
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """Attentions that take 4-D masks; a model that has none of them is switched to the first."""
+        """Attentions that take 4-D masks; a model that has none of these is given the first."""
         softcap = getattr(self.config, "attn_logit_softcapping", None)
         if softcap is not None or not getattr(self.model, "_supports_sdpa", True):
             return ("eager",)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -60,8 +59,7 @@ class StaticCacheRollout:
         """
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, or None for no bound, got {max_batch}")
-        base: Any = getattr(model, "get_base_model", lambda: model)()
-        self._model = StaticModel(base, list(eos_token_ids), pad_token_id)
+        self._model = StaticModel(model, list(eos_token_ids), pad_token_id)
         self._max_batch = max_batch
         self._cuda_graph = cuda_graph
         self._on_message = on_message

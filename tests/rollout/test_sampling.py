@@ -47,7 +47,7 @@ def test_exact_weights_are_inverted_exactly(V):
 
 @pytest.mark.parametrize("u", [0.0, 1e-300, 0.5, ALMOST_ONE, 1.0])
 @pytest.mark.parametrize("V", [4, 300, 700])
-def test_what_has_no_probability_is_never_drawn(u, V):
+def test_what_has_no_probability_is_never_drawn(u, V, device):
     """Padded vocabularies and forbidden tokens, in blocks of their own too, at both ends."""
     for seed in range(20):
         weights_BV = normal(64, V, scale=8.0, seed=seed).exp()
@@ -55,7 +55,9 @@ def test_what_has_no_probability_is_never_drawn(u, V):
         weights_BV[torch.rand(64, V, generator=generator) < 0.5] = 0
         weights_BV[:, : V // 3], weights_BV[:, -(V // 3) :] = 0, 0
         weights_BV[:, V // 2] += 1e-30  # a row needs something
-        token_B1 = draw(*_blocks(weights_BV), torch.full((64, 1), u, dtype=torch.float64))
+        weights_BV = weights_BV.to(device)
+        uniform_B1 = torch.full((64, 1), u, dtype=torch.float64, device=device)
+        token_B1 = draw(*_blocks(weights_BV), uniform_B1)
         assert (weights_BV.gather(-1, token_B1) > 0).all()
 
 
