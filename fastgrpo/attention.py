@@ -272,7 +272,8 @@ def why_not_packed(model: PreTrainedModel, attention: str = VARLEN) -> str | Non
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may fail in any way on arguments it was not made for
-        return f"{refusal}{str(error).strip().splitlines()[0]}"
+        reason = str(error).strip() or type(error).__name__
+        return f"{refusal}{reason.splitlines()[0]}"
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else together.dtype
     parts = together.split(_TRIAL_LENGTHS)
