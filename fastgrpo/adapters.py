@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def add_adapters(model: PreTrainedModel, config: ModelOptions) -> PeftModel:
 
 
 @contextmanager
-def base_trained(model: PreTrainedModel) -> Generator[None]:
+def base_trained(model: Any) -> Generator[None]:
     """Train the model below its adapters for a while, if it has some: these are switched off."""
     if not hasattr(model, "disable_adapter"):
         yield
