@@ -31,7 +31,6 @@ from transformers import (
 
 from fastgrpo.activations import enable_gradient_checkpointing
 from fastgrpo.adapters import add_adapters
-from fastgrpo.attention import varlen_attention
 from fastgrpo.config import TrainConfig
 
 VARLEN_GPU, VARLEN_ELSEWHERE = "fastgrpo_planned_on_gpu", "fastgrpo_planned_elsewhere"
@@ -59,18 +58,20 @@ def build_fake(
     Raises:
         ValueError: the run asks for what the model cannot do.
     """
+    architecture = copy.deepcopy(architecture)
+    if layers is not None:
+        text: Any = architecture.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(architecture),
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=attention,
+            architecture, dtype=getattr(torch, config.dtype), attn_implementation=attention
         )
-        if layers is not None:
-            parent, name = _layers_place(model)
-            setattr(parent, name, getattr(parent, name)[:layers])
         if config.load_in_4bit:
             _quantise(model, torch.bfloat16 if bf16 else torch.float32, config.use_bnb_nested_quant)
-        return add_adapters(model, config) if config.use_peft else model
+        adapted: Any = add_adapters(model, config) if config.use_peft else model
+    return adapted
 
 
 def move_to_cpu(model: nn.Module) -> None:
@@ -80,7 +81,8 @@ def move_to_cpu(model: nn.Module) -> None:
     """
     moved: dict[int, Tensor] = {}  # tied parameters stay tied
     for module in model.modules():
-        for place in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
+        places: Any = (module._parameters, module._buffers)  # pyright: ignore[reportPrivateUsage]
+        for place in places:
             for name, x in place.items():
                 if x is None:
                     continue
@@ -92,16 +94,14 @@ def move_to_cpu(model: nn.Module) -> None:
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the layers of the body."""
-    parent, name = _layers_place(model)
-    return getattr(parent, name)
+    """Return the layers of the body.
 
-
-def _layers_place(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    for parent in model.get_decoder().modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList):
-                return parent, name
+    Raises:
+        ValueError: there is no list of them.
+    """
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList):
+            return module
     raise ValueError(f"{type(model).__name__} has no list of layers, so it cannot be planned")
 
 
@@ -132,51 +132,47 @@ class _Flash(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def _flash(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **_: Any
-) -> tuple[Tensor, None]:
-    """Attend as `varlen_attention` does on a GPU; under autocast rotary embeddings give fp32."""
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else value.dtype
-    query, key, value = (x.to(dtype) for x in (query, key, value))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not _FLASH_TAKES_GROUPS:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    output: Any = _Flash.apply(query, key, value)
-    return output, None
-
-
-def _one_sequence(
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: None,
     scaling: float | None = None,
+    *,
+    flash: bool,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as `varlen_attention` does elsewhere; windows and caps are left out with their masks."""
-    tokens = query.shape[2]
-    lengths = {"max_length_q": tokens, "sequence_lengths": (tokens,)}
-    ends = torch.zeros(2, dtype=torch.int32)
-    return varlen_attention(
-        module, query, key, value, None, scaling=scaling, cu_seq_lens_q=ends, **lengths
+    """Keep what `varlen_attention` keeps; masks of windows and caps are left out."""
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else value.dtype
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if flash and groups > 1 and not _FLASH_TAKES_GROUPS:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    if flash:
+        output: Any = _Flash.apply(query, key, value)
+        return output, None
+    one = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
     )
+    return torch.cat([one], 2).transpose(1, 2), None
 
 
-for _name, _function in ((VARLEN_GPU, _flash), (VARLEN_ELSEWHERE, _one_sequence)):
-    AttentionInterface.register(_name, _function)
+for _name, _flash in ((VARLEN_GPU, True), (VARLEN_ELSEWHERE, False)):
+    AttentionInterface.register(_name, partial(_attend, flash=_flash))
 
 
 class _FourBitLinear(nn.Linear):
     """A linear layer of bitsandbytes: its weight exists in full only while it is multiplied."""
 
-    compute_dtype = torch.float32
+    compute_dtype: Any = torch.float32
+    bias: nn.Parameter | None
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         shape = self.out_features, self.in_features
         output: Any = _FourBitProduct.apply(input.to(self.compute_dtype), shape)
         output = output if self.bias is None else output + self.bias.to(self.compute_dtype)
@@ -190,15 +186,16 @@ class _FourBitProduct(torch.autograd.Function):
         return F.linear(x, x.new_empty(shape_OH))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ dy.new_empty(ctx.shape_OH), None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None]:
+        return dys[0] @ dys[0].new_empty(ctx.shape_OH), None
 
 
 def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype, nested: bool) -> None:
     """Put all linear layers but the head into 4 bits, with a scale for every 64 weights."""
-    head: Any = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
+    module: Any
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for module in linear:
+        if module is not model.get_output_embeddings():
             count = module.weight.numel()
             packed = torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8)
             module.weight = nn.Parameter(packed, requires_grad=False)
@@ -207,5 +204,5 @@ def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype, nested: bool) 
             scales = blocks + 4 * math.ceil(blocks / 256) if nested else 4 * blocks
             module.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
             module.__class__ = _FourBitLinear
-            module.compute_dtype = compute_dtype  # pyright: ignore[reportAttributeAccessIssue]
+            module.compute_dtype = compute_dtype
     model.requires_grad_(False)

@@ -33,7 +33,11 @@ class LiveBytes(TorchDispatchMode):
         self.marks: dict[str, int] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         converts = func is torch.ops.aten._to_copy.default and _storage(args[0]) in self.given
@@ -48,13 +52,13 @@ class LiveBytes(TorchDispatchMode):
         """Remember the next operation."""
         self.marks[name] = len(self.events_EK)
 
-    def reclassify(self, x: Tensor, kind: str) -> None:
-        """Count a tensor as another kind."""
-        entry = self.alive.get(_storage(x))
+    def is_gradient_of(self, parameter: Tensor) -> None:
+        """Count the gradient of a parameter as one."""
+        entry = None if parameter.grad is None else self.alive.get(_storage(parameter.grad))
         if entry is not None:
             self.bytes_K[KINDS.index(entry[0])] -= entry[1]
-            self.bytes_K[KINDS.index(kind)] += entry[1]
-            entry[0] = kind
+            self.bytes_K[KINDS.index("gradients")] += entry[1]
+            entry[0] = "gradients"
 
     def _add(self, x: Tensor, kind: str) -> None:
         storage, key = x.untyped_storage(), _storage(x)

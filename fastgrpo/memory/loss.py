@@ -43,14 +43,14 @@ class LossShape:
         )
 
     def forward(self, tokens: int, rows: int, *, with_gradient: bool = True) -> int:
-        """Return the bytes of a forward pass over some tokens, of which so many rows are counted."""
+        """Return the bytes of a forward pass over some tokens, of which `rows` are counted."""
         per_token = 32 * tokens  # results, masks, the order of the rows
         if with_gradient and self.kind(rows).recompute:
             return per_token + _recompute.TILE_BYTES
         count, size = self.chunk_rows(rows, with_gradient=with_gradient), self.dtype.itemsize
         wide = 4 if self.on_gpu else size  # the product that makes the gradient of hidden states
         chunk = count * (self.vocabulary * size + self.hidden_size * (size + wide))
-        if not self.on_gpu:  # two fp32 matrices of a slab, of the four that there may be
+        if not self.on_gpu:  # two fp32 matrices of a slab, of the four there may be with a softcap
             slab = _row_torch.temporary_bytes(torch.device("cpu")) // 4
             chunk += 2 * min(slab, 4 * count * self.vocabulary)
         return per_token + chunk

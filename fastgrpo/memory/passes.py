@@ -11,6 +11,7 @@ E operations, K kinds of tensors, B sequences, L positions, N tokens, H hidden, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Pass:
     padded_length: int | None = None
     """Tokens of every sequence; None: sequences are packed."""
     frozen: bool = False
-    """As the reference is: autocast then keeps no copies."""
+    """As the reference is: autocast keeps no copies, adapters are off."""
     gradients_exist: bool = False
     """Of an earlier pass of the same optimisation step."""
 
@@ -131,12 +132,11 @@ def _run(architecture: PreTrainedConfig, this: Pass, layers: int | None, units: 
         live = LiveBytes([ids_BL, *mask.values(), *parameters, *model.buffers(), *gradients])
         for parameter in parameters:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda x: live.reclassify(x.grad, "gradients")
-                )
+                parameter.register_post_accumulate_grad_hook(live.is_gradient_of)
         if layers is not None:
             _leave_out_inner(layers_of(model), live)
-        with live:
+        without = model.disable_adapter if this.frozen and config.use_peft else nullcontext
+        with live, without():
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=this.bf16):
                 body = model.get_decoder()
                 found = body(input_ids=ids_BL, position_ids=ids_BL, use_cache=False, **mask)
@@ -166,17 +166,20 @@ def _leave_out_inner(layers: nn.ModuleList, live: LiveBytes) -> None:
 
         once = layer.register_forward_pre_hook(reached, with_kwargs=True)
 
-    def record(now: bool) -> None:
-        live.recording = now
+    def record(_: Tensor) -> None:
+        live.recording = True
+
+    def pause(_: Tensor) -> None:
+        live.recording = False
 
     def in_last(input_BLH: Tensor) -> None:
-        record(True)
+        live.recording = True
         if input_BLH.requires_grad and len(layers) > 2:
-            input_BLH.register_hook(lambda _: record(False))
+            input_BLH.register_hook(pause)
 
     def in_second(input_BLH: Tensor) -> None:
         if input_BLH.requires_grad:
-            input_BLH.register_hook(lambda _: record(True))
+            input_BLH.register_hook(record)
 
     when_reached(layers[1], in_second)
     when_reached(layers[-1], in_last)
@@ -207,7 +210,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         live: LiveBytes = ctx.live
         live.kind = "loss"
         found = [like and torch.empty(like[0], dtype=like[1]) for like in ctx.likes]

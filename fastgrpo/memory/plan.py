@@ -101,15 +101,22 @@ class Planner:
         text = self.architecture.get_text_config()
         return (getattr(text, "max_position_embeddings", None) or 2**31) - self.prompt_length
 
-    def plan(self, config: TrainConfig) -> Plan:
+    def plan(self, config: TrainConfig, *, like: TrainConfig | None = None) -> Plan:
         """Return the peak of each phase of a run.
+
+        Args:
+            config: the run.
+            like: a run planned before that needs no less for sampling and log-probs, and stands
+                for this one there; what is left then is quick.
 
         Raises:
             ValueError: the model cannot do what the configuration asks for, or not be planned.
         """
         sizes = self._sizes(config)
         optimizer = optimizer_bytes(sizes.trainable, config)
-        device_states = optimizer.device if self.device.on_gpu else optimizer.device + optimizer.host
+        device_states = (
+            optimizer.device if self.device.on_gpu else optimizer.device + optimizer.host
+        )
         has_reference = config.loss.beta > 0 and not config.use_peft
         offloaded = config.offload_ref_model and self.device.on_gpu
         vllm = round(config.vllm_gpu_memory_utilization * self.device.total_memory)
@@ -121,12 +128,13 @@ class Planner:
             "vLLM": 0 if config.vllm_enable_sleep_mode else vllm,
         }
         tokens, passes = self._microbatch(config)
-        sampling, rows = self._sampling(config, sum(always.values()))
+        sampling, rows = self._sampling(config, like or config, sum(always.values()))
         phases = {"sampling": always | ({"vLLM": vllm} if config.use_vllm else sampling)}
         moves = config.optimizer_steps_per_generation > 1 or config.use_vllm
         if moves or config.loss.beta > 0:
             asked = {"reference": sizes.weights} if has_reference else {}
-            logps = self._pass(config, tokens, frozen=has_reference and not moves)
+            model = like or config
+            logps = self._pass(config, model, tokens, with_backward=False, frozen=not moves)
             phases["log-probs"] = always | asked | logps
         phases["training"] = always | self._training(config, sizes, tokens, passes)
         phases["optimizer step"] = always | {
@@ -166,38 +174,47 @@ class Planner:
     def _training(
         self, config: TrainConfig, sizes: _Sizes, tokens: int, passes: int
     ) -> dict[str, int]:
-        found = self._pass(config, tokens, with_backward=True, gradients_exist=passes > 1)
+        found = self._pass(config, config, tokens, with_backward=True, gradients_exist=passes > 1)
         # Gradients of earlier passes are there all along, and no business of the pass.
         return found if passes == 1 else found | {"gradients": sizes.gradients}
 
-    def _pass(self, config: TrainConfig, tokens: int, **options: Any) -> dict[str, int]:
-        """Return the parts of a pass at its peak."""
-        options = {"with_backward": False, **options}
-        loss = self._loss(config)
-        rows = tokens * config.max_completion_length // self.sequence_length(config)
-        kind = loss.kind(rows)
-        length = None if self.packed(config) else self.sequence_length(config)
-        sizes = self._sizes(config)
-
-        def run() -> Footprint:
-            this = Pass(
-                config=config,
-                bf16=self.bf16(config),
-                on_gpu=self.device.on_gpu,
-                loss=kind,
-                padded_length=length,
-                **options,
-            )
-            return Footprint(self.architecture, this, equal_layers=sizes.equal_layers)
-
-        model = self._model_key(config, with_backward=options["with_backward"])
-        key = ("pass", model, kind, length, *sorted(options.items()))
-        footprint = self._keep(key, run)
-        if options["with_backward"]:
+    def _pass(
+        self,
+        config: TrainConfig,
+        model: TrainConfig,
+        tokens: int,
+        *,
+        with_backward: bool,
+        frozen: bool = False,
+        gradients_exist: bool = False,
+    ) -> dict[str, int]:
+        """Return the parts of a pass at its peak, through the model of a configuration."""
+        loss, length = self._loss(config), self.sequence_length(config)
+        rows = tokens * config.max_completion_length // length
+        this = Pass(
+            config=model,
+            bf16=self.bf16(config),
+            on_gpu=self.device.on_gpu,
+            loss=loss.kind(rows),
+            with_backward=with_backward,
+            padded_length=None if self.packed(config) else length,
+            frozen=frozen,
+            gradients_exist=gradients_exist,
+        )
+        key = self._model_key(model, with_backward=with_backward), *vars(this).values()
+        footprint = self._keep(
+            tuple(x for x in key if x is not model),
+            lambda: Footprint(
+                self.architecture, this, equal_layers=self._sizes(model).equal_layers
+            ),
+        )
+        if with_backward:
             return footprint.peak(tokens, loss.forward(tokens, rows), loss.backward(tokens, rows))
         return footprint.peak(tokens, loss.forward(tokens, rows, with_gradient=False))
 
-    def _sampling(self, config: TrainConfig, used: int) -> tuple[dict[str, int], int]:
+    def _sampling(
+        self, config: TrainConfig, model: TrainConfig, used: int
+    ) -> tuple[dict[str, int], int]:
         """Return the parts of sampling at its peak, and the completions decoded at once."""
         bf16, length = self.bf16(config), self.sequence_length(config)
         dtype = torch.bfloat16 if bf16 else getattr(torch, config.dtype)
@@ -214,20 +231,21 @@ class Planner:
         prompts_at_once = min(max(1, rows // group), prompts)
         rows = prompts_at_once * min(rows, group)
 
-        def run() -> SamplingFootprint:
-            return SamplingFootprint(
+        if config.use_vllm:
+            return {}, rows
+        key = ("sampling", self._model_key(model), config.temperature == 1, truncated, config.top_k)
+        footprint = self._keep(
+            key,
+            lambda: SamplingFootprint(
                 self.architecture,
-                config,
+                model,
                 self.prompt_length,
                 bf16=bf16,
                 on_gpu=self.device.on_gpu,
-                equal_layers=self._sizes(config).equal_layers,
-            )
-
-        if config.use_vllm:
-            return {}, rows
-        key = ("sampling", self._model_key(config), config.temperature == 1, config.top_p < 1, config.top_k)
-        found = self._keep(key, run).peak(prompts_at_once, rows, config.max_completion_length)
+                equal_layers=self._sizes(model).equal_layers,
+            ),
+        )
+        found = footprint.peak(prompts_at_once, rows, config.max_completion_length)
         cache = cache_bytes(self.architecture, rows, length, dtype)
         # A random number a token, and the results of all that has been sampled.
         state = prompts * group * config.max_completion_length * (8 + 8 + 4 + 1)

@@ -88,7 +88,11 @@ def _changes(planner: Planner, config: TrainConfig, now: Plan) -> Iterator[dict[
     yield {"vllm_enable_sleep_mode": True}
     if now.rows_decoded > config.num_generations:
         yield {"max_generation_batch_size": config.num_generations}
-    yield {"max_tokens_per_microbatch": max(now.microbatch_tokens // 2, planner.sequence_length(config))}
+    yield {
+        "max_tokens_per_microbatch": max(
+            now.microbatch_tokens // 2, planner.sequence_length(config)
+        )
+    }
 
 
 def _largest(
@@ -141,9 +145,11 @@ def _try(planner: Planner, config: TrainConfig, changes: dict[str, Any]) -> Plan
     if all(getattr(config, key) == value for key, value in changes.items()):
         return None
     try:
-        return planner.plan(dataclasses.replace(config, **changes))
+        changed = dataclasses.replace(config, **changes)
     except ConfigError:
         return None
+    plan = planner.plan(changed, like=config)
+    return plan if plan.peak_phase == "training" else planner.plan(changed)
 
 
 def _round_down(value: int) -> int:
