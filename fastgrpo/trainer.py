@@ -35,7 +35,7 @@ from .loss import (
 )
 from .metrics import StepMetrics, peak_memory_gib, sequence_means, timed
 from .optim import build_optimizer, clip_gradients
-from .reference import Reference
+from .ref_model import Reference
 from .rewards import check_columns, load_rewards
 from .rollout import SamplingParams
 from .run_directory import RunDirectory, check_free

@@ -153,3 +153,10 @@ def test_the_public_surface_is_what_the_design_says() -> None:
     }
     for name in fastgrpo_kernels.__all__:
         assert getattr(fastgrpo_kernels, name).__doc__
+
+
+def test_no_room_of_the_trainer_takes_the_name_of_something_public() -> None:
+    import fastgrpo
+
+    rooms = {path.stem for path in Path(fastgrpo.__file__).parent.iterdir()}
+    assert not rooms & set(fastgrpo.__all__)

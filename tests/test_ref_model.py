@@ -12,7 +12,7 @@ from fastgrpo.batch import make_batch
 from fastgrpo.config_file import config_from
 from fastgrpo.loss import batch_logps
 from fastgrpo.model import Policy
-from fastgrpo.reference import Reference
+from fastgrpo.ref_model import Reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
