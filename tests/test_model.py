@@ -65,8 +65,9 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_why():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at things that warn when looked at
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_have_the_same_gradients_and_one_graph_for_all_lengths(checkpointing):
+def test_compiled_layers_have_the_same_gradients_at_every_length(checkpointing):
     from fastgrpo.activations import enable_gradient_checkpointing
 
     gradients = []
@@ -82,6 +83,6 @@ def test_compiled_layers_have_the_same_gradients_and_one_graph_for_all_lengths(c
                 policy.hidden_states(some_batch().select(rows)).square().mean().backward()
         gradients.append([p.grad for p in policy.model.parameters() if p.grad is not None])
         with policy.sampling():
-            assert policy.model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 102)
+            assert policy.model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 99)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

@@ -320,6 +320,63 @@ def test_what_saves_memory_or_time_does_not_change_the_run(start, option):
     assert_same_weights(weights(found), weights(expected))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at things that warn when looked at
+def test_a_compiled_run_is_the_same_run(start):
+    plain, compiled = start("plain", **STEADY), start("compiled", torch_compile=True, **STEADY)
+    plain.train()
+    compiled.train()
+    assert_same_weights(weights(compiled), weights(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "optimizer", "dtype"),
+    [
+        ({}, "AdamW", torch.float32),
+        ({"optim": "adamw_8bit"}, "AdamW8bit", torch.float32),
+        ({"offload_optimizer": True}, "MasterWeights", torch.float32),
+        ({"dtype": "bfloat16", "bf16_updates": "master_weights"}, "MasterWeights", torch.bfloat16),
+        (
+            {"dtype": "bfloat16", "bf16_updates": "stochastic_rounding"},
+            "StochasticRoundingAdamW",
+            torch.bfloat16,
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*CPU.*:UserWarning:bitsandbytes")
+def test_one_line_chooses_how_parameters_are_held_and_updated_and_all_learn(
+    tmp_path, start, option, optimizer, dtype
+):
+    letter_e = [f"{tmp_path}/my_rewards.py:letter_e"]
+    trainer = start(reward_funcs=letter_e, learning_rate=1e-2, max_steps=24, **option)
+    assert type(trainer.optimizer).__name__ == optimizer
+    assert {p.dtype for p in trainer.policy.model.parameters()} == {dtype}
+    trainer.train()
+    rewards = [m["reward"] for m in lines(trainer.run.path / "metrics.jsonl")]
+    assert rewards[0] < 0.1
+    assert sum(rewards[-3:]) / 3 > 0.3
+
+
+def test_a_reference_that_follows_is_where_its_formula_says(start):
+    trainer = start(
+        beta=0.05, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25
+    )
+    first = weights(trainer)
+    policies = []
+    optimise = trainer.optimise
+
+    def remember(*args):
+        metrics = optimise(*args)
+        policies.append(weights(trainer))
+        return metrics
+
+    trainer.optimise = remember
+    trainer.train()
+    for name, value in trainer.reference.frozen.model.named_parameters():
+        expected = 0.25 * policies[1][name] + 0.75 * first[name]
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
+
+
 def test_weights_are_pushed_and_memory_given_back_around_every_sampling(start, monkeypatch):
     trainer = start(max_steps=2, dynamic_sampling=True, max_resample_rounds=2)
     calls = []
