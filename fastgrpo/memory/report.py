@@ -26,7 +26,7 @@ from .search import Largest, Switch, largest_values, switches
 
 ASSUMED_PROMPT_LENGTH = 512
 """Tokens of the longest prompt, where nothing is known of the prompts."""
-_SECONDS = 20.0  # for the Hub to answer, whose client would go on trying
+_SECONDS = 10.0  # for the Hub to answer, whose client would go on trying
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ def print_plan(
     Raises:
         ValueError: there is no GPU to plan for, or no such model; the message says what to do.
     """
+    if prompt_length is not None and prompt_length < 1:
+        raise ValueError(f"--prompt-length: must be at least 1, got {prompt_length}")
     console = console or Console()
     device = planned_device(gpu_memory)
     architecture, length, told = _load_inputs(config, prompt_length)
@@ -153,7 +155,7 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-_PARTS = {"copies": "bf16 copies of weights", "loss": "loss workspace"}
+_PARTS = {"copies": "bf16 copies", "loss": "loss"}
 
 
 def _cell(size: int) -> str:
@@ -161,9 +163,9 @@ def _cell(size: int) -> str:
 
 
 def _change(switch: Switch) -> str:
-    """Return a change as it is written in YAML; options that are only switched off go unsaid."""
+    """Return a change as it is written in YAML, without what is only switched off by it."""
     said = {key: value for key, value in switch.changes.items() if value not in (None, False)}
-    return ", ".join(f"{key}: {str(value).lower()}" for key, value in said.items())
+    return "\n".join(f"{key}: {str(value).lower()}" for key, value in said.items())
 
 
 def _load_inputs(
