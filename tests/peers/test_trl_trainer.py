@@ -101,7 +101,10 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "cispo": ({"loss_type": "cispo", "epsilon_high": 1.05, "num_iterations": 2}, {}),
-    "reference": ({"beta": 0.2, "use_bias_correction_kl": True, "gradient_checkpointing": True}, {}),
+    "reference": (
+        {"beta": 0.2, "use_bias_correction_kl": True, "gradient_checkpointing": True},
+        {},
+    ),
     "iterations": ({"num_iterations": 3, "delta": 1.5}, {}),
     # One pass a step, and a schedule that warms up.
     "entropy": (

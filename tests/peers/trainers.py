@@ -71,7 +71,7 @@ class Given:
         return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
 
     def generate(self, prompt_ids: list[list[int]], num_generations: int, *_: Any) -> Completions:
-        """Give them to our trainer; it does not read the log-probs of a sampler that is the policy."""
+        """Give them to our trainer, which takes no log-probs from a sampler that is the policy."""
         groups = [self.completions(ids, num_generations) for ids in prompt_ids]
         self.turn += 1
         ids = [torch.tensor(each) for each in itertools.chain(*groups)]
