@@ -305,7 +305,15 @@ def test_cells_are_chosen_by_model(
     assert options.rounds == 1
     with pytest.raises(SystemExit):
         trainer._parse(["--cpu", "--model", "tiny"])
-    assert "--model tiny: no such cell; there are demo, small" in capsys.readouterr().err
+    assert "--model tiny: no such cell; there are demo, toy, small" in capsys.readouterr().err
+
+
+def test_the_toy_has_256_completions_of_32_tokens_with_and_without_degenerate_groups() -> None:
+    options = trainer._parse(["--cpu", "--model", "toy"])
+    assert [(c.completions, c.completion_length, c.rho, c.threads) for c in options.cells] == [
+        (256, 32, 1.0, 1),
+        (256, 32, 0.5, 1),
+    ]
 
 
 def test_rounds_are_merged() -> None:

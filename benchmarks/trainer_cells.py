@@ -27,6 +27,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24,
         },
     ),
+    # Completions long enough that sampling and training weigh about the same.
+    "toy": (
+        "Qwen3",
+        {
+            "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        },
+    ),
     # As large as a CPU can take. Half of the weights are the head's, of Qwen2.5-0.5B a quarter.
     "small": (
         "Qwen2",
@@ -160,9 +168,10 @@ def quick_cells() -> list[TrainerCell]:
 
 
 def cpu_cells() -> list[TrainerCell]:
-    """Return the demo as it is configured, and a model whose head weighs as a real one's."""
+    """Return the demo as it is configured, longer ones, and a head that weighs as a real one's."""
     return [
         TrainerCell("demo", 32, 8, 4, 6, 256, steps=20, threads=1),
+        *(TrainerCell("toy", 32, 8, 32, 8, 256, rho, steps=10, threads=1) for rho in (1.0, 0.5)),
         *(TrainerCell("small", 2, 8, 32, 16, 8, rho) for rho in (1.0, 0.5)),
     ]
 
