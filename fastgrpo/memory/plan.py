@@ -71,7 +71,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Parameters and their bytes."""
 
     parameters: int
@@ -112,7 +112,7 @@ class Planner:
         Raises:
             ValueError: the model cannot do what the configuration asks for, or not be planned.
         """
-        sizes = self._sizes(config)
+        sizes = self.sizes(config)
         optimizer = optimizer_bytes(sizes.trainable, config)
         device_states = (
             optimizer.device if self.device.on_gpu else optimizer.device + optimizer.host
@@ -172,7 +172,7 @@ class Planner:
         return tokens, math.ceil(step / tokens)
 
     def _training(
-        self, config: TrainConfig, sizes: _Sizes, tokens: int, passes: int
+        self, config: TrainConfig, sizes: Sizes, tokens: int, passes: int
     ) -> dict[str, int]:
         found = self._pass(config, config, tokens, with_backward=True, gradients_exist=passes > 1)
         # Gradients of earlier passes are there all along, and no business of the pass.
@@ -204,9 +204,7 @@ class Planner:
         key = self._model_key(model, with_backward=with_backward), *vars(this).values()
         footprint = self._keep(
             tuple(x for x in key if x is not model),
-            lambda: Footprint(
-                self.architecture, this, equal_layers=self._sizes(model).equal_layers
-            ),
+            lambda: Footprint(self.architecture, this, equal_layers=self.sizes(model).equal_layers),
         )
         if with_backward:
             return footprint.peak(tokens, loss.forward(tokens, rows), loss.backward(tokens, rows))
@@ -242,7 +240,7 @@ class Planner:
                 self.prompt_length,
                 bf16=bf16,
                 on_gpu=self.device.on_gpu,
-                equal_layers=self._sizes(model).equal_layers,
+                equal_layers=self.sizes(model).equal_layers,
             ),
         )
         found = footprint.peak(prompts_at_once, rows, config.max_completion_length)
@@ -265,8 +263,10 @@ class Planner:
             total_memory=self.device.total_memory,
         )
 
-    def _sizes(self, config: TrainConfig) -> _Sizes:
-        def measure() -> _Sizes:
+    def sizes(self, config: TrainConfig) -> Sizes:
+        """Return what the parameters of a run's model take."""
+
+        def measure() -> Sizes:
             model = build_fake(self.architecture, config, bf16=self.bf16(config))
             parameters = list(model.parameters())
             trained = [p for p in parameters if p.requires_grad]
@@ -274,7 +274,7 @@ class Planner:
                 [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
                 for layer in layers_of(model)
             ]
-            return _Sizes(
+            return Sizes(
                 parameters=sum(p.numel() for p in parameters),
                 weights=sum(x.nbytes for x in (*parameters, *model.buffers())),
                 trainable=sum(p.numel() for p in trained),
