@@ -63,5 +63,5 @@ def test_both_learn_equally_well_over_three_seeds(tmp_path: Path) -> None:
     difference = abs(statistics.mean(ours) - statistics.mean(theirs))
     assert difference < STUDENT * noise, reached
     for found in (ours, theirs):
-        assert min(found) > 0.3
+        assert min(found) > 0.2
         assert statistics.stdev(found) < 0.1 * statistics.mean(found), reached

@@ -11,7 +11,7 @@ import copy
 import itertools
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastgrpo.assets import Assets
 from fastgrpo.config_file import config_from
 from fastgrpo.data import PromptSampler
 from fastgrpo.metrics import read_metrics
-from fastgrpo.rollout import Completions
+from fastgrpo.rollout import Completions, SamplingParams
 from fastgrpo.trainer import Trainer
 
 trl: Any = pytest.importorskip("trl", minversion="1.16")
@@ -70,7 +70,13 @@ class Given:
         ids = list(itertools.chain(*groups))
         return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
 
-    def generate(self, prompt_ids: list[list[int]], num_generations: int, *_: Any) -> Completions:
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        num_generations: int,
+        sampling: SamplingParams,
+        generator: torch.Generator | None = None,
+    ) -> Completions:
         """Give them to our trainer, which takes no log-probs from a sampler that is the policy."""
         groups = [self.completions(ids, num_generations) for ids in prompt_ids]
         self.turn += 1
@@ -162,13 +168,17 @@ def run_trl(
     return run
 
 
+def _as_they_are(sequences: dict[str, Any]) -> dict[str, Any]:
+    return sequences
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the parameters that are trained."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 @contextmanager
-def _followed(model: nn.Module) -> Iterator[Run]:
+def _followed(model: nn.Module) -> Generator[Run]:
     """Record the gradients that whichever optimizer is given."""
     run = Run(model, trainable(model))
 
