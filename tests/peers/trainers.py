@@ -138,9 +138,7 @@ def run_trl(
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")  # TRL's and transformers' own
         # Sequences go to the optimisation steps of their generation in the order of the prompts.
-        patch.setattr(
-            trl.trainer.grpo_trainer, "shuffle_sequence_dict", lambda sequences: sequences
-        )
+        patch.setattr(trl.trainer.grpo_trainer, "shuffle_sequence_dict", _as_they_are)
         trainer = trl.GRPOTrainer(
             copy.deepcopy(task.model),
             reward,
