@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from benchmarks.measure import CpuAllocations
@@ -299,6 +300,12 @@ def test_switches_are_plans_of_other_configurations():
         plan = planner.plan(dataclasses.replace(config, **switch.changes))
         assert (switch.peak, switch.saved) == (plan.peak, now.peak - plan.peak)
     assert by_name["offload_ref_model"].saved == now.phases["training"]["reference"]
+
+
+def test_a_model_that_needs_values_is_refused():
+    experts = Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64)  # in fp32
+    with pytest.raises(ValueError, match="a qwen3_moe model does not run on tensors without"):
+        Planner(experts, GPU, PROMPT).plan(run_config())
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def build_fake(
     config: TrainConfig,
     *,
     bf16: bool,
-    attention: str = "sdpa",
+    attention: str | None = None,
     layers: int | None = None,
 ) -> PreTrainedModel:
     """Make the model of a run, on the device `meta`.
@@ -52,7 +52,7 @@ def build_fake(
         architecture: what `config.json` says.
         config: the run.
         bf16: whether products are computed in bf16.
-        attention: the name of one.
+        attention: the name of one; None: what transformers chooses.
         layers: how many, from the first; None: all.
 
     Raises:

@@ -5,17 +5,43 @@ E operations, K kinds of tensors.
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 KINDS = ("activations", "copies", "gradients", "loss")
 """Copies are those of weights in bf16 that autocast makes."""
+
+
+@contextmanager
+def without_values(model_type: str) -> Generator[None]:
+    """Make tensors without values inside, and say of which model it was if it needs them.
+
+    Raises:
+        ValueError: the model asks what is in a tensor, or for an operation that has no such form.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # tells tracebacks
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode():
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model_name_or_path: a {model_type} model does not run on tensors without values, so "
+            f"its memory cannot be planned ({reason})"
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from fastgrpo.config import TrainConfig
@@ -30,7 +29,7 @@ from .fake_model import (
     layers_of,
     move_to_cpu,
 )
-from .live import KINDS, LiveBytes
+from .live import KINDS, LiveBytes, without_values
 
 _UNIT = 64  # tokens of a sequence: more than one, so that nothing is special
 
@@ -75,7 +74,7 @@ class Footprint:
         """
         depth: int = architecture.get_text_config().num_hidden_layers
         depths = (2, 3) if depth > 2 and equal_layers else (None,)
-        runs = [[_run(architecture, this, layers, units) for units in (1, 2)] for layers in depths]
+        runs = [[_run(architecture, this, layers, units) for units in (2, 3)] for layers in depths]
         self.marks = runs[0][0].marks
         if len({len(run.events_EK) for pair in runs for run in pair}) != 1:
             raise ValueError(
@@ -84,9 +83,9 @@ class Footprint:
             )
         found = torch.tensor([[r.events_EK for r in pair] for pair in runs], dtype=torch.float64)
         # Beyond two layers each adds the same at every operation.
-        one_EK, two_EK = found[0] + (depth - 2) * (found[-1] - found[0])
-        self.slope_EK = (two_EK - one_EK) / (this.padded_length or _UNIT)
-        self.base_EK = 2 * one_EK - two_EK
+        two_EK, three_EK = found[0] + (depth - 2) * (found[-1] - found[0])
+        self.slope_EK = (three_EK - two_EK) / (this.padded_length or _UNIT)
+        self.base_EK = 3 * two_EK - 2 * three_EK
 
     def peak(self, tokens: int, forward: int = 0, backward: int = 0) -> dict[str, int]:
         """Return the bytes of each kind at the peak.
@@ -107,7 +106,7 @@ class Footprint:
 def _run(architecture: PreTrainedConfig, this: Pass, layers: int | None, units: int) -> LiveBytes:
     """Run a pass of some layers, or of all, on some units of tokens, and count."""
     config, packed = this.config, this.padded_length is None
-    attention = config.attn_implementation or "sdpa"
+    attention = config.attn_implementation
     if packed:
         flash = this.on_gpu and this.loss.dtype == torch.bfloat16
         attention = VARLEN_GPU if flash else VARLEN_ELSEWHERE
@@ -119,7 +118,7 @@ def _run(architecture: PreTrainedConfig, this: Pass, layers: int | None, units: 
         model.requires_grad_(False)
     if config.gradient_checkpointing:
         checkpoint_fake(model, offload=config.activation_offloading and this.on_gpu)
-    with FakeTensorMode(), torch.set_grad_enabled(this.with_backward):
+    with without_values(architecture.model_type), torch.set_grad_enabled(this.with_backward):
         move_to_cpu(model)
         ids_BL = torch.zeros(units, this.padded_length or _UNIT, dtype=torch.long)
         ids_BL = ids_BL.view(1, -1) if packed else ids_BL

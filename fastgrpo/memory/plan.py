@@ -239,7 +239,6 @@ class Planner:
                 model,
                 self.prompt_length,
                 bf16=bf16,
-                on_gpu=self.device.on_gpu,
                 equal_layers=self.sizes(model).equal_layers,
             ),
         )

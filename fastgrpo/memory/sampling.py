@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from fastgrpo.config import TrainConfig
@@ -17,7 +16,7 @@ from fastgrpo.rollout.cache import filled_layers
 from fastgrpo.rollout.decoder import Decoder, StaticModel
 
 from .fake_model import build_fake, layers_of, move_to_cpu
-from .live import KINDS, LiveBytes
+from .live import KINDS, LiveBytes, without_values
 
 # Prompts, completions of each and positions of these in the runs: none is 1, which PyTorch treats
 # in its own way.
@@ -34,7 +33,6 @@ class SamplingFootprint:
         prompt_length: int,
         *,
         bf16: bool,
-        on_gpu: bool,
         equal_layers: bool,
     ) -> None:
         """Sample a few completions with a few layers, if these are all equal.
@@ -46,7 +44,7 @@ class SamplingFootprint:
         def run(layers: int | None, prompts: int, copies: int, steps: int) -> torch.Tensor:
             events = _run(
                 architecture, config, (layers, prompts, prompt_length, copies, steps),
-                bf16=bf16, on_gpu=on_gpu,
+                bf16=bf16,
             )  # fmt: skip
             return torch.tensor(events, dtype=torch.float64)
 
@@ -86,23 +84,20 @@ def _run(
     shape: tuple[int | None, int, int, int, int],
     *,
     bf16: bool,
-    on_gpu: bool,
 ) -> list[list[int]]:
     """Read prompts and take one step of their completions; return the bytes alive all along."""
     layers, prompts, prompt_length, copies, steps = shape
     model: Any = build_fake(architecture, config, bf16=bf16, layers=layers).eval()
     base: Any = getattr(model, "get_base_model", lambda: model)()
     static = StaticModel(base, [0], 0)
-    # An attention for CPUs is chosen by the device, which a fake model says it is on.
-    attention = "sdpa" if on_gpu and "sdpa" in static.attentions else static.attentions[0]
-    base.set_attn_implementation(attention)
+    base.set_attn_implementation(static.attentions[0])
     sampling = SamplingParams(
         max_completion_length=steps,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
     )
-    with FakeTensorMode(), torch.no_grad():
+    with without_values(architecture.model_type), torch.no_grad():
         move_to_cpu(model)
         uniforms_BT = torch.zeros(prompts * copies, steps, dtype=torch.float64)
         live = LiveBytes([*model.parameters(), *model.buffers(), uniforms_BT])
