@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import save_on_cpu
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -38,7 +39,19 @@ def enable_gradient_checkpointing(model: PreTrainedModel, *, offload: bool = Fal
 
 def _offloaded(keep: Callable[..., Any]) -> Callable[..., Any]:
     def checkpoint_on_cpu(function: Callable[..., Any], *inputs: Any) -> Any:
-        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        with saved_tensors_hooks(_to_cpu, _back):
             return keep(function, *inputs)
 
     return checkpoint_on_cpu
+
+
+# As torch.autograd.graph.save_on_cpu, which before torch 2.13 waits for every copy. The stream that
+# computed a tensor copies it, so what comes later on it, also in its memory, finds the copy done.
+def _to_cpu(x: Tensor) -> tuple[torch.device, Tensor]:
+    on_cpu = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return x.device, on_cpu.copy_(x, non_blocking=True)
+
+
+def _back(kept: tuple[torch.device, Tensor]) -> Tensor:
+    device, on_cpu = kept
+    return on_cpu.to(device, non_blocking=True)

@@ -75,9 +75,9 @@ def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
     lengths_B = torch.tensor(lengths)
     ends_B = lengths_B.cumsum(0)
     positions_N = torch.arange(sum(lengths)) - (ends_B - lengths_B).repeat_interleave(lengths_B)
-    cu_seq_lens = F.pad(ends_B, (1, 0)).to(device, torch.int32)
+    cu_seq_lens = F.pad(ends_B, (1, 0)).to(device, torch.int32, non_blocking=True)
     return {
-        "position_ids": positions_N[None].to(device),
+        "position_ids": positions_N[None].to(device, non_blocking=True),
         "use_cache": False,
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,

@@ -98,13 +98,13 @@ class Batch:
     def contributing(self, config: GRPOLossConfig) -> list[int]:
         """Return the sequences that have a gradient; the others may be left out, exactly.
 
-        The denominators of the loss are those of the whole optimisation step all the same.
+        The denominators of the loss are those of the whole optimisation step all the same. One
+        whose importance weight is 0 has none either and is run for all that: how far its log-probs
+        are from the sampler's is what tells of a sampler gone wrong.
         """
         active = self.mask
         if config.beta == 0 and config.entropy_coef == 0:
             active = active & (self.advantages != 0)
-            if self.importance_weights is not None and config.loss_type != "vespo":
-                active = active & (self.importance_weights.cpu() != 0)
         return [i for i, part in enumerate(active.split(self.lengths)) if part.any()]
 
 
@@ -125,7 +125,7 @@ def make_batch(
         mask_N[first : first + len(completion)] = True
         begin += len(prompt) + len(completion)
     advantages_N = advantages.cpu().float().repeat_interleave(torch.tensor(lengths))
-    where = mask_N.nonzero()[:, 0].to(device)
+    where = mask_N.nonzero()[:, 0].to(device, non_blocking=True)
     logps_N = torch.zeros(len(mask_N), device=device)
     ids = [token for pair in both for part in pair for token in part]
     return Batch(

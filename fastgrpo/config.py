@@ -87,8 +87,16 @@ class TrainConfig(ModelOptions, RolloutOptions):
     offload_optimizer: bool = False
     """Keep the optimizer's states, and its fp32 copies of the parameters, in CPU memory and step
     there."""
-    lr_scheduler_type: str = "linear"
-    """A schedule of transformers: linear, cosine, constant, constant_with_warmup, ..."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = "linear"
+    """A schedule of transformers."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
@@ -133,6 +141,7 @@ class TrainConfig(ModelOptions, RolloutOptions):
         problems += self.rollout_problems()
         problems += self._batch_problems()
         problems += self._optimizer_problems()
+        problems += self._vllm_problems()
         for name in self.reward_funcs:
             if not isinstance(name, str):
                 problems.append(
@@ -157,6 +166,10 @@ class TrainConfig(ModelOptions, RolloutOptions):
                 problems.append(f"{name}: must be 0 or more and below 1, got {getattr(self, name)}")
         if not all(map(math.isfinite, self.reward_weights or [])):
             problems.append(f"reward_weights: must be finite, got {self.reward_weights}")
+        if not 0 < self.warm_start_accuracy < 1:
+            problems.append(
+                f"warm_start_accuracy: must be above 0 and below 1, got {self.warm_start_accuracy}"
+            )
         if problems:
             raise ConfigError("\n".join(problems))
         object.__setattr__(
@@ -215,6 +228,28 @@ class TrainConfig(ModelOptions, RolloutOptions):
         if self.offload_optimizer and not plain:
             yield f"offload_optimizer: steps on the CPU with adamw_torch_fused, not {self.optim}"
 
+    def _vllm_problems(self) -> Iterator[str]:
+        if self.use_vllm and self.load_in_4bit:
+            yield "use_vllm: vLLM cannot take 4-bit weights from training; leave load_in_4bit out"
+        if (
+            self.use_vllm
+            and self.vllm_importance_sampling_correction
+            and self.vllm_importance_sampling_mode.startswith("sequence")
+            and self.loss.loss_type == "vespo"
+        ):
+            yield (
+                "vllm_importance_sampling_mode: vespo weighs whole sequences by itself; take "
+                "token_truncate or token_mask"
+            )
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Tokens that prompt and completion may have together, by the key that says so."""
+        limits = {"max_tokens_per_microbatch": self.max_tokens_per_microbatch}
+        if self.use_vllm:
+            limits["vllm_max_model_length"] = self.vllm_max_model_length
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
     @property
     def optimizer_steps_per_generation(self) -> int:
         """Optimisation steps, repeats aside, that a batch of completions is sampled for."""
@@ -249,6 +284,7 @@ class TrainConfig(ModelOptions, RolloutOptions):
 
 _NOT_WITH_TASK = (
     "model_name_or_path",
+    "attn_implementation",
     "dtype",
     "load_in_4bit",
     "dataset_name",

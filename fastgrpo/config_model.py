@@ -18,7 +18,9 @@ class ModelOptions:
     trained adapters on them (`use_peft`)."""
     bf16: bool | None = None
     """Compute under bf16 autocast. None: on a GPU that has it."""
-    attn_implementation: str | None = None
+    attn_implementation: (
+        Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"] | None
+    ) = None
     """Attention of transformers: flash_attention_2, flash_attention_3, sdpa, eager. None: the
     fastest there is that takes packed sequences, sdpa for padded ones."""
     padding_free: bool | None = None
@@ -78,6 +80,11 @@ class ModelOptions:
             yield (
                 f"padding_free: {self.attn_implementation} attention would mask a matrix of all "
                 "tokens squared; leave attn_implementation out, or take flash_attention_2"
+            )
+        if self.sync_ref_model and self.dtype == "bfloat16" and self.ref_model_mixup_alpha < 0.5:
+            yield (
+                f"ref_model_mixup_alpha: below 0.5 steps of one unit in the last place are rounded "
+                f"away, got {self.ref_model_mixup_alpha}; use 0.5 or more, or dtype: float32"
             )
         for name in ("sync_ref_model", "offload_ref_model"):
             if getattr(self, name) and beta == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -77,9 +78,9 @@ class RolloutOptions:
             share = self.vllm_gpu_memory_utilization
             yield f"vllm_gpu_memory_utilization: must be above 0 and at most 1, got {share}"
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low >= high:
+        if not 0 <= (low or 0.0) < (math.inf if high is None else high):
             yield (
-                f"vllm_importance_sampling_clip_min: must be below "
+                "vllm_importance_sampling_clip_min: must be 0 or more and below "
                 f"vllm_importance_sampling_clip_max, got {low} and {high}"
             )
         truncates = self.vllm_importance_sampling_mode.endswith("truncate")

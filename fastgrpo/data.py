@@ -202,7 +202,8 @@ def check_prompts(
     tokenizer: Any,
     *,
     system_prompt: str | None,
-    room: int,
+    max_completion_length: int,
+    limits: Mapping[str, int],
 ) -> None:
     """Refuse a dataset with a prompt that cannot be encoded or leaves no room for a completion.
 
@@ -210,18 +211,22 @@ def check_prompts(
         dataset: has a column `prompt`.
         tokenizer: encodes them.
         system_prompt: put before every prompt.
-        room: tokens a prompt may have: the model's positions less `max_completion_length`.
+        max_completion_length: tokens that a completion may have.
+        limits: tokens of prompt and completion together, by what has room for so many.
 
     Raises:
         ValueError: names the first such row, and what to do.
     """
+    limit = min(limits, key=lambda name: limits[name])
+    room = limits[limit] - max_completion_length
     for row, prompt in enumerate(dataset["prompt"]):
         length = len(encode_prompt(prompt, tokenizer, system_prompt=system_prompt))
         if length > room:
             raise ValueError(
-                f"max_completion_length: the prompt of row {row} has {length} tokens, and the "
-                f"model has room for {room} beside the completion; lower max_completion_length, or "
-                "leave such prompts out of the dataset"
+                f"max_completion_length: the prompt of row {row} has {length} tokens, and {limit} "
+                f"has room for {room} beside the completion; lower max_completion_length"
+                f"{'' if limit == 'the model' else f', raise {limit}'}, or leave such prompts out "
+                "of the dataset"
             )
 
 

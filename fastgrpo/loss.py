@@ -5,6 +5,7 @@ N tokens of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -86,7 +87,7 @@ def batch_logps(
                 logit_scale=head.logit_scale,
                 logit_softcap=head.logit_softcap,
             )
-        logps_N[batch.tokens_of(rows).to(logps_N.device)] = logps
+        logps_N[batch.tokens_of(rows).to(logps_N.device, non_blocking=True)] = logps
     return logps_N
 
 
@@ -124,10 +125,12 @@ def sampling_difference(logps: Tensor, batch: Batch) -> dict[str, Tensor]:
     return dict(zip(SAMPLING_DIFFERENCE, values, strict=True))
 
 
-def importance_metrics(batch: Batch) -> dict[str, float]:
-    """Return the smallest, mean and largest importance weight of a batch's counted tokens."""
-    if batch.importance_weights is None:
+def importance_metrics(batch: Batch, rows: Sequence[int]) -> dict[str, float]:
+    """Return the smallest, mean and largest importance weight of the tokens of some sequences."""
+    if batch.importance_weights is None or not rows:
         return {}
+    batch = batch.select(rows)
+    assert batch.importance_weights is not None
     weights = batch.importance_weights[batch.mask.to(batch.importance_weights.device)]
     name = "sampling/importance_sampling_ratio"
     return {f"{name}/{what}": getattr(weights, what)().item() for what in ("min", "mean", "max")}

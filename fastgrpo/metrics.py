@@ -129,9 +129,10 @@ def rollout_metrics(
         finished: whether it ended by itself.
     """
     lengths_B = torch.tensor(lengths, dtype=torch.float32)
+    reward, reward_std = _mean_and_std(advantages.rewards)
     metrics = {
-        "reward": _mean_and_std(advantages.rewards)[0],
-        "reward_std": advantages.group_std.mean().item(),
+        "reward": reward,
+        "reward_std": reward_std,
         "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
         "completions/mean_length": lengths_B.mean().item(),
         "completions/min_length": lengths_B.min().item(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +18,27 @@ from .rollout import Rollout
 from .rollout.static import StaticCacheRollout
 
 
+def check_installed(config: TrainConfig) -> None:
+    """Refuse a configuration that needs a package which is not there, before anything is loaded.
+
+    Raises:
+        ValueError: names the key, the package and the extra that brings it.
+    """
+    needs = {
+        "use_peft": (config.use_peft, "peft", "lora"),
+        "load_in_4bit": (config.load_in_4bit, "bitsandbytes", "8bit"),
+        f"optim: {config.optim}": ("8bit" in config.optim, "bitsandbytes", "8bit"),
+        "use_vllm": (config.use_vllm, "vllm", "vllm"),
+    }
+    if config.optim == "adamw_torch_8bit":
+        needs[f"optim: {config.optim}"] = (True, "torchao", "torchao")
+    for key, (needed, package, extra) in needs.items():
+        if needed and find_spec(package) is None:
+            raise ValueError(
+                f"{key}: needs {package}, which is not installed; pip install 'fastgrpo[{extra}]'"
+            )
+
+
 def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     """Put the model on the device, with its adapters and switches.
 
@@ -27,15 +49,17 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if next(model.parameters()).device.type != device.type:
         model.to(device)
+    if config.load_in_4bit and not getattr(model, "is_quantized", False):
+        raise ValueError(
+            "load_in_4bit: the model you brought is not in 4 bits; load it so, or leave it out"
+        )
     if config.use_peft:
         model = add_adapters(model, config)
-    # These build masks of all tokens squared; who names them wants them all the same.
-    unpacked = config.attn_implementation in ("sdpa", "eager")
     policy = Policy(
         model,
         assets.tokenizer,
         bf16=computes_in_bf16(config, device),
-        padding_free=False if unpacked else config.padding_free,
+        padding_free=False if _names_a_padded_attention(config) else config.padding_free,
     )
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model, offload=config.activation_offloading)
@@ -67,6 +91,7 @@ def build_rollout(config: TrainConfig, policy: Policy, say: Callable[[str], None
             max_model_length=config.vllm_max_model_length,
             max_batch=config.max_generation_batch_size,
             enable_sleep_mode=config.vllm_enable_sleep_mode,
+            cuda_graph=config.cuda_graph,
             seed=config.seed,
         )
     return StaticCacheRollout(
@@ -86,5 +111,15 @@ def notes(config: TrainConfig, policy: Policy) -> Iterator[str]:
             f"note: top_p={config.top_p} and top_k={config.top_k} truncate what is sampled; "
             "log-probs, ratios and KL are those of the whole distribution"
         )
-    if config.padding_free is None and policy.why_padded:
+    if config.padding_free is None and policy.why_padded and not _names_a_padded_attention(config):
         yield f"note: sequences are padded: {policy.why_padded}"
+    if config.use_peft and policy.bf16 and config.dtype == "float32":
+        yield (
+            "note: frozen parameters are float32 and are converted to bfloat16 for every token; "
+            "dtype: bfloat16 halves their memory and computes the same products"
+        )
+
+
+def _names_a_padded_attention(config: TrainConfig) -> bool:
+    """Say whether the attention asked for would mask a matrix of all packed tokens squared."""
+    return config.attn_implementation in ("sdpa", "eager")

@@ -19,7 +19,7 @@ from transformers import set_seed
 from .adapters import base_trained
 from .assets import Assets, load_assets
 from .batch import Batch, micro_batches
-from .checkpoint import save_checkpoint
+from .checkpoint import name_base, save_checkpoint
 from .config import TrainConfig
 from .console import Console
 from .data import check_prompts
@@ -39,7 +39,7 @@ from .ref_model import Reference
 from .rewards import check_columns, load_rewards
 from .rollout import SamplingParams
 from .run_directory import RunDirectory, check_free
-from .setup import build_rollout, load_policy, notes
+from .setup import build_rollout, check_installed, load_policy, notes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,21 +74,24 @@ class Trainer:
         set_seed(config.seed)
         self.config = config
         self.console = console or Console(logging_steps=config.logging_steps)
+        check_installed(config)
         check_free(config.output_dir)  # before the minutes that a large model takes to load
         self.rewards = load_rewards(config.reward_funcs, config.reward_weights)
         self.assets = assets = assets or load_assets(config)
         self.train_dataset, self.test_dataset = assets.train_dataset, assets.test_dataset
-        check_columns(self.rewards, self.train_dataset.column_names)
+        datasets = [x for x in (self.train_dataset, self.test_dataset) if x is not None]
+        for dataset in datasets:
+            check_columns(self.rewards, dataset.column_names)
         self.policy = load_policy(config, assets)
-        room = self.policy.positions
-        if config.max_tokens_per_microbatch is not None:
-            room = min(room, config.max_tokens_per_microbatch)
-        check_prompts(
-            self.train_dataset,
-            assets.tokenizer,
-            system_prompt=config.system_prompt,
-            room=room - config.max_completion_length,
-        )
+        limits = {"the model": self.policy.positions} | config.limits
+        for dataset in datasets:
+            check_prompts(
+                dataset,
+                assets.tokenizer,
+                system_prompt=config.system_prompt,
+                max_completion_length=config.max_completion_length,
+                limits=limits,
+            )
         self.reference = Reference(self.policy, config) if config.loss.beta > 0 else None
         self.rollout = build_rollout(config, self.policy, self.console.message)
         self.collector = Collector(
@@ -108,6 +111,7 @@ class Trainer:
             for note in notes(config, self.policy):
                 self.console.message(note)
             self.warm_start()
+            name_base(self.run.path / "base", self.policy.model, self.policy.tokenizer)
             before = self.test_accuracy("before")
             self.console.phase("train", self.num_steps)
             step = 0
@@ -163,7 +167,8 @@ class Trainer:
             )
         size = config.completions_per_step
         batches = [found.batch.select(range(i * size, (i + 1) * size)) for i in range(parts)]
-        return batches, found.metrics | importance_metrics(found.batch)
+        seen = [row for rows in self.passes(found.batch) for row in rows]
+        return batches, found.metrics | importance_metrics(found.batch, seen)
 
     def passes(self, batch: Batch) -> list[list[int]]:
         """Return the sequences of each forward and backward pass of a batch."""
@@ -202,20 +207,23 @@ class Trainer:
             self.optimizer.zero_grad()  # also of what came before, a warm start for example
             passes = self.passes(batch)
             share = 1 / len(passes) if config.loss.loss_type == "bnpo" else 1.0
+            keep = config.num_iterations > 1 and batch.old_logps is None
             logps = torch.zeros_like(batch.sampling_logps)
             for rows in passes:
                 micro = batch.select(rows)
                 output = batch_loss(self.policy, micro, config.loss, step=batch)
                 loss = output.loss * share
                 loss.backward()
-                logps[batch.tokens_of(rows).to(logps.device)] = output.logps
+                if keep:
+                    index = batch.tokens_of(rows).to(logps.device, non_blocking=True)
+                    logps[index] = output.logps
                 report = {"loss": loss, **sampling_difference(output.logps, micro)}
                 totals.add(output.metrics | report, weight=micro.num_completion_tokens)
             if not passes:  # a gradient of 0, which AdamW's momentum outlives, is not no gradient
                 for parameter in model.parameters():
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
-            if config.num_iterations > 1 and batch.old_logps is None:
+            if keep:
                 batch.old_logps = logps  # the policy as it was, at no cost
             grad_norm = clip_gradients(model, config.max_grad_norm)
             learning_rate = float(self.scheduler.get_last_lr()[0])

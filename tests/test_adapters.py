@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fastgrpo import linear_grpo_loss, reference
 from fastgrpo.adapters import add_adapters, base_trained
+from fastgrpo.checkpoint import name_base, save_checkpoint
 from fastgrpo.config import TrainConfig
 from fastgrpo.config_file import config_from
 from fastgrpo.trainer import Trainer
@@ -269,3 +270,14 @@ def test_a_run_on_4_bits_learns(tmp_path):
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-9)
     assert metrics[0]["reward"] < 0.1
     assert sum(m["reward"] for m in metrics[-3:]) / 3 > 0.2
+
+
+def test_adapters_on_a_model_without_a_name_bring_it_along(tmp_path):
+    model = adapted_model()
+    expected = model(input_ids=IDS).logits
+    name_base(tmp_path / "base", model, small_tokenizer())
+    save_checkpoint(tmp_path / "final", model, small_tokenizer())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(input_ids=IDS).logits
+    assert torch.equal(plain, small_model("llama")(input_ids=IDS).logits)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "final")(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

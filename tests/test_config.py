@@ -123,3 +123,80 @@ def test_every_field_says_what_it_means(options):
             following = definition.body[i + 1]
             assert isinstance(following, ast.Expr), ast.unparse(node)
             assert isinstance(following.value, ast.Constant), ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype: in bfloat16 updates .* vanish; add bf16_updates"),
+        ({"bf16_updates": "master_weights"}, "bf16_updates: is for parameters trained in bfloat16"),
+        (
+            {"bf16_updates": "stochastic_rounding", "dtype": "bfloat16", "optim": "adamw_8bit"},
+            "bf16_updates: stochastic_rounding is an optimizer of its own",
+        ),
+        ({"offload_optimizer": True, "optim": "adamw_8bit"}, "offload_optimizer: steps on the CPU"),
+        ({"load_in_4bit": True}, "load_in_4bit: .* add use_peft: true"),
+        ({"lora_r": 0}, "lora_r: must be at least 1, got 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout: must be 0 or more and below 1"),
+        ({"lora_target_modules": []}, "lora_target_modules: is empty"),
+        (
+            {"activation_offloading": True, "gradient_checkpointing": False},
+            "needs gradient_checkpointing: true",
+        ),
+        ({"padding_free": True, "attn_implementation": "sdpa"}, "padding_free: sdpa attention"),
+        ({"attn_implementation": "flex"}, "attn_implementation: must be one of flash_attention_2"),
+        ({"sync_ref_model": True}, "sync_ref_model: there is no reference when beta is 0"),
+        ({"offload_ref_model": True}, "offload_ref_model: there is no reference when beta is 0"),
+        (
+            {"sync_ref_model": True, "beta": 0.1, "use_peft": True},
+            "with use_peft the reference is the model without its adapters",
+        ),
+        (
+            {
+                "sync_ref_model": True, "beta": 0.1, "ref_model_mixup_alpha": 0.4,
+                "dtype": "bfloat16", "bf16_updates": "master_weights",
+            },
+            "ref_model_mixup_alpha: below 0.5",
+        ),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "must be a multiple of"),
+        ({"max_tokens_per_microbatch": 512}, "must be above max_completion_length = 512"),
+        (
+            {"max_tokens_per_microbatch": 1000, "loss_type": "bnpo"},
+            "the loss bnpo is a mean over micro-batches",
+        ),
+        ({"max_resample_rounds": 0}, "max_resample_rounds: must be at least 1, got 0"),
+        (
+            {"vllm_importance_sampling_clip_max": 0.0},
+            "vllm_importance_sampling_clip_min: must be 0 or more and below",
+        ),
+        (
+            {
+                "vllm_importance_sampling_mode": "token_truncate",
+                "vllm_importance_sampling_clip_max": None,
+            },
+            "token_truncate needs",
+        ),
+        ({"use_vllm": True, "load_in_4bit": True, "use_peft": True}, "use_vllm: .*4-bit"),
+        ({"use_vllm": True, "loss_type": "vespo"}, "vespo weighs whole sequences by itself"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization: must be above 0"),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type: must be one of linear"),
+        ({"warm_start_accuracy": 1.5}, "warm_start_accuracy: must be above 0 and below 1"),
+        ({"task": "arithmetic", "attn_implementation": "eager"}, "attn_implementation: task makes"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused_with_the_remedy(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from(values)
+
+
+def test_what_limits_a_sequence_is_known_by_its_key():
+    config = config_from({"max_tokens_per_microbatch": 2000, "vllm_max_model_length": 1000})
+    assert config.limits == {"max_tokens_per_microbatch": 2000}  # without use_vllm
+    config = config_from({"use_vllm": True, "vllm_max_model_length": 1000})
+    assert config.limits == {"vllm_max_model_length": 1000}
+
+
+def test_steps_of_an_epoch_count_those_that_share_completions():
+    config = config_from({"steps_per_generation": 6, "gradient_accumulation_steps": 2})
+    assert config.prompts_per_step == 2
+    assert config.num_steps(100) == 3 * 17  # 17 times completions of 6 prompts, for 3 steps each

@@ -4,6 +4,7 @@ rewards it learns from."""
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo.config_file import load_config
@@ -79,9 +80,13 @@ def test_sampled_accuracy_rises_by_15_points_on_every_seed(tmp_path, seed):
 )
 def test_variants_learn_the_task_as_well(tmp_path, options):
     config = load_config(DEMO, [f"output_dir={tmp_path / 'run'}", *options])
-    test = Trainer(config).train()["test"]
+    trainer = Trainer(config)
+    test = trainer.train()["test"]
     assert test["sampled"]["after"] >= test["sampled"]["before"] + 0.15
     assert test["greedy"]["after"] > test["greedy"]["before"]
+    ids = torch.arange(10)[None] % 12
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    torch.testing.assert_close(final(ids).logits, trainer.policy.model(ids).logits)
 
 
 @pytest.mark.slow

@@ -18,14 +18,38 @@ class FullLayer(StaticLayer):
 
     A window is left to the mask: the static sliding layer would roll its whole cache at every step
     and count positions on the host. Under autocast the rotary embedding returns fp32 keys.
+
+    On a CPU, where shapes may change between steps, only the positions in use are attended to.
     """
+
+    filled = 0  # on a CPU; elsewhere `cumulative_length` counts, on the device
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values behind those that are there, and return all."""
         static: Any = super()
-        return static.update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+        key_states = key_states.to(value_states.dtype)
+        if value_states.device.type != "cpu":
+            return static.update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            static.lazy_initialization(key_states, value_states)
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        read, count = positions_in_use(self, key_states.shape[-2]), key_states.shape[-2]
+        keys[:, :, self.filled : self.filled + count] = key_states
+        values[:, :, self.filled : self.filled + count] = value_states
+        self.filled += count
+        self.cumulative_length.add_(count)
+        return keys[:, :, :read], values[:, :, :read]
+
+
+def positions_in_use(layer: FullLayer, count: int) -> int:
+    """Return how many positions are attended to when a layer gets some more on a CPU.
+
+    Up to a multiple of 16: a softmax and products of any other number are slower.
+    """
+    return min(-(-(layer.filled + count) // 16) * 16, layer.max_cache_len)
 
 
 def new_cache(config: PreTrainedConfig, length: int) -> StaticCache:

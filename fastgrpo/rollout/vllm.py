@@ -52,6 +52,7 @@ class VLLMRollout:
         max_model_length: int | None = None,
         max_batch: int | None = None,
         enable_sleep_mode: bool = False,
+        cuda_graph: bool = True,
         seed: int = 0,
     ):
         """Start the engine; vLLM picks the device itself.
@@ -66,7 +67,9 @@ class VLLMRollout:
             max_model_length: tokens of prompt and completion; None: what the model can.
             max_batch: completions decoded at once; None: vLLM's choice.
             enable_sleep_mode: let `sleep` give the memory back.
-            seed: of vLLM itself; completions are seeded by the generator given to `generate`.
+            cuda_graph: on a GPU, let vLLM compile and capture its steps.
+            seed: of vLLM itself. On a GPU all randomness is its own: a seed for each prompt, from
+                the generator given to `generate`, would make it draw row by row.
 
         Raises:
             ValueError: vLLM is not installed, or cannot run this model in this memory.
@@ -99,7 +102,7 @@ class VLLMRollout:
                     gpu_memory_utilization=gpu_memory_utilization,
                     max_model_len=max_model_length,
                     enable_sleep_mode=enable_sleep_mode,
-                    enforce_eager=self._device.type == "cpu",
+                    enforce_eager=self._device.type == "cpu" or not cuda_graph,
                     seed=seed,
                     **({} if max_batch is None else {"max_num_seqs": max_batch}),
                 )
@@ -142,7 +145,10 @@ class VLLMRollout:
             self._temperature = sampling.temperature or 1.0
             requests: list[Any] = self._llm.generate(
                 [{"prompt_token_ids": ids} for ids in prompt_ids],
-                [self._params(sampling, num_generations, seed) for seed in seeds.tolist()],
+                [
+                    self._params(sampling, num_generations, None if device.type == "cuda" else seed)
+                    for seed in seeds.tolist()
+                ],
                 use_tqdm=False,
             )
         # Greedy completions of a prompt are the same, and vLLM wants to be asked for one.
@@ -202,7 +208,7 @@ class VLLMRollout:
             )
         heads[0].register_forward_hook(scale)
 
-    def _params(self, sampling: SamplingParams, num_generations: int, seed: int) -> Any:
+    def _params(self, sampling: SamplingParams, num_generations: int, seed: int | None) -> Any:
         vllm: Any = import_module("vllm")
         greedy = sampling.temperature == 0
         return vllm.SamplingParams(

@@ -40,9 +40,9 @@ OURS = {"reward_funcs": ["benchmarks.trainer_cells:mean_id"], "cpu_threads": 1}
 # to the first gradient is 5e-6; clipped ratios and the optimizer pass it on to the next steps.
 FIRST, LATER = 5e-5, 1e-3
 LOGGED = (
-    "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "frac_reward_zero_std",
-    "rewards/mean_id/mean", "rewards/mean_id/std", "completions/mean_length",
-    "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+    "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std",
+    "frac_reward_zero_std", "rewards/mean_id/mean", "rewards/mean_id/std",
+    "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
 )  # fmt: skip
 
 
