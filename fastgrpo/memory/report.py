@@ -165,7 +165,7 @@ def _cell(size: int) -> str:
 def _change(switch: Switch) -> str:
     """Return a change as it is written in YAML, without what is only switched off by it."""
     said = {key: value for key, value in switch.changes.items() if value not in (None, False)}
-    return "\n".join(f"{key}: {str(value).lower()}" for key, value in said.items())
+    return "\n+ ".join(f"{key}: {str(value).lower()}" for key, value in said.items())
 
 
 def _load_inputs(
@@ -175,7 +175,8 @@ def _load_inputs(
     if config.task is not None:
         assets = load_assets(config)
         lengths = [len(encode_prompt(p, assets.tokenizer)) for p in assets.train_dataset["prompt"]]
-        return assets.model.config, prompt_length or max(lengths), "the longest of the task"
+        told = "the longest of the task" if prompt_length is None else "as given"
+        return assets.model.config, prompt_length or max(lengths), told
     name = config.model_name_or_path
     if not name:
         raise ConfigError("model_name_or_path: required (or set task: arithmetic)")
