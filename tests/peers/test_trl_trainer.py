@@ -42,7 +42,8 @@ FIRST, LATER = 5e-5, 1e-3
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std",
     "frac_reward_zero_std", "rewards/mean_id/mean", "rewards/mean_id/std",
-    "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+    "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/clipped_ratio",
 )  # fmt: skip
 
 
