@@ -46,3 +46,27 @@ def word_problems(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_rewards.py").write_text(REWARD)
     return path
+
+
+@pytest.fixture
+def start(tmp_path, word_problems):
+    """Make a trainer on a model, with a reward that has no signal on half of the prompts."""
+    from small_models import save_small_model
+    from small_runs import HALF_SILENT, run_config
+
+    from fastgrpo.trainer import Trainer
+
+    (tmp_path / "silence.py").write_text(HALF_SILENT)
+    model = save_small_model(tmp_path / "model")
+
+    def make(name="run", reward="half_silent", **values):
+        values = {
+            "reward_funcs": [f"{tmp_path}/silence.py:{reward}"],
+            "output_dir": str(tmp_path / name),
+            "max_steps": 3,
+            "save_steps": 0,
+            **values,
+        }
+        return Trainer(run_config(tmp_path, word_problems, model, **values))
+
+    return make

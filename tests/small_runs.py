@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+
 from fastgrpo.config_file import config_from
 
 # What a model of random weights can learn in seconds: to write more of one letter.
@@ -38,3 +40,44 @@ def run_config(tmp_path, dataset, model, **values):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+HALF_SILENT = """
+def half_silent(prompts, completions, **columns):
+    # Of prompts with an even number of eggs every completion is as good as the others.
+    return [
+        0.5 if int(prompt.split()[2]) % 2 == 0 else text.count("e") + 0.1 * len(text)
+        for prompt, text in zip(prompts, completions)
+    ]
+
+def silent(completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+
+
+def assert_same_weights(found, expected, atol=2e-5):
+    """Compare after a few steps at a learning rate of 1e-2, of which AdamW makes 1e-2 each."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=atol, rtol=0)
+
+
+def rows_seen(trainer):
+    """Count the tokens the body runs on with gradients, and without."""
+    seen = {True: 0, False: 0}
+
+    def count(module, args, kwargs):
+        if kwargs.get("past_key_values") is None:  # sampling has a cache
+            seen[torch.is_grad_enabled()] += kwargs["input_ids"].numel()
+
+    trainer.policy.model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    return seen
+
+
+# SGD would show differences as they are; AdamW turns rounding of tiny gradients into whole steps,
+# so these runs have an epsilon above rounding.
+STEADY = {"adam_epsilon": 1e-3, "learning_rate": 1e-2}
