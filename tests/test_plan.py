@@ -96,8 +96,8 @@ def train_step(trainer):
     count = trainer.config.completions_per_step
     batch = make_batch(
         [[5] * PROMPT] * count,
-        [[7] * COMPLETION] * count,
-        [torch.zeros(COMPLETION)] * count,
+        [[7] * (COMPLETION - 1), *[[7] * COMPLETION] * (count - 1)],  # padding needs a mask
+        [torch.zeros(COMPLETION - 1), *[torch.zeros(COMPLETION)] * (count - 1)],
         torch.ones(count),
     )
     if trainer.reference is not None:
@@ -119,7 +119,7 @@ def beyond(plan, phase, *parts):
 TRAINING = {
     "qwen3": ("qwen3", {}),
     "qwen3 bf16 autocast": ("qwen3", {"bf16": True}),
-    "qwen3 budget": ("qwen3", {"max_tokens_per_microbatch": 640}),
+    "qwen3 budget": ("qwen3", {"max_tokens_per_microbatch": 512}),
     "qwen3 padded": ("qwen3", {"padding_free": False, "gradient_checkpointing": False}),
     "llama kept": ("llama", {"gradient_checkpointing": False}),
     "llama 8-bit, reference": ("llama", {"optim": "adamw_8bit", "beta": 0.1}),
@@ -141,11 +141,9 @@ def test_training_takes_what_was_planned(tmp_path, case):
     training = beyond(plan, "training", "weights", "optimizer", "reference")
     stepping = beyond(plan, "optimizer step", "weights", "reference")
     stepping -= plan.phases["training"]["optimizer"]
-    planned = max(training, stepping)
-    print(
-        f"\n{case}: planned {planned / measured:.3f} of what was measured, {measured / 1e6:.1f} MB"
-    )
-    assert planned == pytest.approx(measured, rel=0.15)
+    # Inside an operation on fp32 adapters and bf16 states, a CPU converts a whole tensor.
+    mixed = {"use_peft", "dtype"} <= values.keys()
+    assert max(training, stepping) == pytest.approx(measured, rel=0.12 if mixed else 0.02)
     parameters = list(trainer.policy.model.parameters())
     assert plan.num_parameters == sum(p.numel() for p in parameters)
     assert plan.num_trainable == sum(p.numel() for p in parameters if p.requires_grad)
@@ -160,7 +158,8 @@ def test_training_takes_what_was_planned(tmp_path, case):
     ],
 )
 def test_sampling_takes_what_was_planned(tmp_path, family, values):
-    trainer = make_trainer(tmp_path, ARCHITECTURES[family], gradient_accumulation_steps=4, **values)
+    values = {"gradient_accumulation_steps": 4, "max_completion_length": 40, **values}
+    trainer = make_trainer(tmp_path, ARCHITECTURES[family], **values)
     prompts = [[5] * PROMPT] * trainer.config.prompts_per_step
     sampling = trainer.collector.sampling
 
@@ -170,11 +169,9 @@ def test_sampling_takes_what_was_planned(tmp_path, family, values):
 
     measured = allocated(sample)
     plan = planner(family).plan(trainer.config)
+    # Rows that end are dropped at some step, and then a layer is held twice, in part.
     planned = beyond(plan, "sampling", "weights", "optimizer", "reference")
-    print(
-        f"\nsampling {family} {values}: planned {planned / measured:.3f} of {measured / 1e6:.1f} MB"
-    )
-    assert planned == pytest.approx(measured, rel=0.15)
+    assert planned == pytest.approx(measured, rel=0.06)
     assert plan.rows_decoded == values.get("max_generation_batch_size", 32)
 
 
