@@ -51,7 +51,9 @@ def draw(
     one over the vocabulary. A column of weight 0 is never drawn.
     """
     block_B1, inside_B1 = _invert(mass_BN, uniform_B1)
-    block_BW = blocks_BNW.take_along_dim(block_B1[:, :, None], 1)[:, 0]
+    # `take_along_dim` would make it with a remainder of indices that are in range.
+    index_B1W = block_B1[:, :, None].expand(-1, -1, blocks_BNW.shape[-1])
+    block_BW = blocks_BNW.gather(1, index_B1W)[:, 0]
     column_B1, _ = _invert(block_BW.double(), inside_B1)
     return block_B1 * blocks_BNW.shape[-1] + column_B1
 
