@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     overrides = [*options.overrides, *late]
+    # At every import bitsandbytes misses a kernel for CPUs that is not needed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if options.command == "plan":
             return plan(options.config, overrides, options.gpu_memory, options.prompt_length)
@@ -59,6 +62,8 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
     """Train as a file and overrides say; errors that are the user's to mend are one sentence."""
     print(f"fastgrpo: loading {config_file}", file=sys.stderr, flush=True)
     # Imported here, where an impatient Ctrl-C is caught: they take seconds.
+    from torch import OutOfMemoryError
+
     from .config_file import load_config
     from .rewards import RewardError
     from .trainer import Trainer
@@ -73,6 +78,13 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
         trainer.train()
     except (RewardError, FloatingPointError) as error:
         print(f"fastgrpo: {error}\nrun directory: {trainer.run.path}", file=sys.stderr)
+        return 1
+    except OutOfMemoryError as error:
+        print(
+            f"fastgrpo: {error}\n`fastgrpo plan {config_file}` says what takes the memory and which "
+            f"line of the configuration would save most\nrun directory: {trainer.run.path}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"fastgrpo: interrupted\nrun directory: {trainer.run.path}", file=sys.stderr)

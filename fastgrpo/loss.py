@@ -39,9 +39,11 @@ def batch_loss(policy: Policy, batch: Batch, config: GRPOLossConfig, step: Batch
         step: the batch of the whole optimisation step, whose counts are the denominators.
     """
     head, tokens = policy.head, step.num_completion_tokens
+    with policy.autocast():  # and out of it, where the body's weights in bf16 are forgotten
+        hidden_NH = policy.hidden_states(batch)
     with policy.autocast():
         return linear_grpo_loss(
-            policy.hidden_states(batch),
+            hidden_NH,
             head.weight,
             batch.targets,
             batch.advantages,

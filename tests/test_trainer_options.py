@@ -135,13 +135,13 @@ def test_one_line_chooses_how_parameters_are_held_and_updated_and_all_learn(
     tmp_path, start, option, optimizer, dtype
 ):
     letter_e = [f"{tmp_path}/my_rewards.py:letter_e"]
-    trainer = start(reward_funcs=letter_e, learning_rate=1e-2, max_steps=24, **option)
+    trainer = start(reward_funcs=letter_e, learning_rate=1e-2, max_steps=14, **option)
     assert type(trainer.optimizer).__name__ == optimizer
     assert {p.dtype for p in trainer.policy.model.parameters()} == {dtype}
     trainer.train()
     rewards = [m["reward"] for m in lines(trainer.run.path / "metrics.jsonl")]
-    assert rewards[0] < 0.1
-    assert sum(rewards[-3:]) / 3 > 0.3
+    assert rewards[0] < 0.02
+    assert sum(rewards[-3:]) / 3 > 0.1
 
 
 def test_a_reference_that_follows_is_where_its_formula_says(start):
