@@ -19,45 +19,50 @@ class FullLayer(StaticLayer):
     A window is left to the mask: the static sliding layer would roll its whole cache at every step
     and count positions on the host. Under autocast the rotary embedding returns fp32 keys.
 
-    On a CPU, where shapes may change between steps, only the positions in use are attended to.
+    A layer that grows returns the positions in use alone: less to attend to, in other shapes at
+    every step, so not for a CUDA graph.
     """
 
-    filled = 0  # on a CPU; elsewhere `cumulative_length` counts, on the device
+    def __init__(self, max_cache_len: int, *, grows: bool):
+        super().__init__(max_cache_len=max_cache_len)
+        self.grows = grows
+        self.filled = 0  # if it grows; `cumulative_length` counts on the device
+
+    def read(self, count: int) -> int:
+        """Return how many positions are attended to after `count` more were written.
+
+        A multiple of 16, for a softmax and products of any other number are slower on a CPU.
+        """
+        used = -(-(self.filled + count) // 16) * 16 if self.grows else self.max_cache_len
+        return min(used, self.max_cache_len)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values behind those that are there, and return all."""
+        """Write keys and values behind those that are there; return what is to be read."""
         static: Any = super()
         key_states = key_states.to(value_states.dtype)
-        if value_states.device.type != "cpu":
+        if not self.grows:
             return static.update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             static.lazy_initialization(key_states, value_states)
         keys, values = self.keys, self.values
         assert keys is not None and values is not None
-        read, count = positions_in_use(self, key_states.shape[-2]), key_states.shape[-2]
-        keys[:, :, self.filled : self.filled + count] = key_states
-        values[:, :, self.filled : self.filled + count] = value_states
+        count = key_states.shape[-2]
+        read = self.read(count)
+        new = slice(self.filled, self.filled + count)
+        keys[:, :, new], values[:, :, new] = key_states, value_states
         self.filled += count
         self.cumulative_length.add_(count)
         return keys[:, :, :read], values[:, :, :read]
 
 
-def positions_in_use(layer: FullLayer, count: int) -> int:
-    """Return how many positions are attended to when a layer gets some more on a CPU.
-
-    Up to a multiple of 16: a softmax and products of any other number are slower.
-    """
-    return min(-(-(layer.filled + count) // 16) * 16, layer.max_cache_len)
-
-
-def new_cache(config: PreTrainedConfig, length: int) -> StaticCache:
-    """Make an empty cache; its layers allocate at their first update."""
+def new_cache(config: PreTrainedConfig, length: int, *, grows: bool = False) -> StaticCache:
+    """Make an empty cache; its layers allocate at their first update, and grow if asked to."""
     cache: Any = StaticCache(config=config, max_cache_len=length)
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, StaticLayer):  # else it shares the cache of another layer
-            cache.layers[i] = FullLayer(max_cache_len=length)
+            cache.layers[i] = FullLayer(max_cache_len=length, grows=grows)
     return cache
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from fastgrpo.rollout import Completions, SamplingParams
-from fastgrpo.rollout.cache import filled_layers, keep_rows, new_cache, positions_in_use
+from fastgrpo.rollout.cache import filled_layers, keep_rows, new_cache
 from fastgrpo.rollout.sampling import sample
 
 StepMaker: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
@@ -101,17 +101,14 @@ class StaticModel:
         cache: StaticCache,
     ) -> Tensor:
         """Append tokens to the cache and return the logits after the last, (B, V)."""
-        if columns_Q.device.type == "cpu":
-            first: Any = cache.layers[0]
-            visible_BQL = visible_BQL[..., : positions_in_use(first, ids_BQ.shape[1])]
+        first: Any = cache.layers[0]
+        visible_BQL = visible_BQL[..., : first.read(ids_BQ.shape[1])]
         age_QL = columns_Q[:, None] - torch.arange(visible_BQL.shape[-1], device=columns_Q.device)
         masks: dict[str, Tensor] = {}
         for kind, window in self.windows.items():
             in_reach_QL = age_QL >= 0 if window is None else (age_QL >= 0) & (age_QL < window)
             mask_B1QL = (visible_BQL & in_reach_QL)[:, None]
-            # Eager attention adds the mask to its scores; on a CPU every layer of sdpa would make
-            # these numbers of it.
-            if self.model.config._attn_implementation == "eager" or mask_B1QL.is_cpu:
+            if self.model.config._attn_implementation == "eager":  # adds the mask to its scores
                 scores_B1QL = torch.zeros_like(mask_B1QL, dtype=self.model.dtype)
                 mask_B1QL = scores_B1QL.masked_fill(~mask_B1QL, float("-inf"))
             masks[kind] = mask_B1QL
@@ -159,13 +156,15 @@ class Decoder:
         copies: int,
         sampling: SamplingParams,
         uniforms_BT: Tensor,  # fp64 in [0, 1): a number for each token, wherever it is decoded
+        *,
+        grows: bool = False,  # its cache: steps attend to less, but cannot become a CUDA graph
     ):
         self.model, self.sampling = model, sampling
         P, S = prompts.valid_PS.shape
         B, T = P * copies, sampling.max_completion_length
         new = prompts.lengths_P1  # int64, on the model's device
 
-        self.cache: Any = new_cache(model.config, S + T)
+        self.cache: Any = new_cache(model.config, S + T, grows=grows)
         for i, layer in filled_layers(prompts.cache):
             keys, values = layer.keys, layer.values
             assert keys is not None and values is not None

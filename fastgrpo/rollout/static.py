@@ -114,7 +114,12 @@ class StaticCacheRollout:
                     uniforms = uniforms_PGT[i : i + prompts_at_once, j : j + copies_at_once]
                     copies = uniforms.shape[1]
                     decoder = Decoder(
-                        self._model, prompts, copies, sampling, uniforms.flatten(0, 1)
+                        self._model,
+                        prompts,
+                        copies,
+                        sampling,
+                        uniforms.flatten(0, 1),
+                        grows=device.type == "cpu",
                     )
                     parts.append(run(decoder))
                     del decoder  # its cache, before the next is allocated

@@ -2,17 +2,50 @@
 
 import pytest
 import torch
-from tiny_models import NO_EOS, PAD, PROMPTS, generate_greedily, greedy, tiny
+from tiny_models import NO_EOS, PAD, PROMPTS, forward_logps, generate_greedily, greedy, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma3TextConfig, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
 from fastgrpo.rollout import SamplingParams
+from fastgrpo.rollout.cache import FullLayer
 from fastgrpo.rollout.decoder import Decoder
 from fastgrpo.rollout.static import StaticCacheRollout
 
 
 def uniforms(B, T, seed=0):
     return torch.rand(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "config_class, overrides, attention",
+    [
+        (Qwen3Config, {}, "sdpa"),
+        (Qwen3Config, {"num_key_value_heads": 4}, "eager"),
+        (Gemma3TextConfig, {"sliding_window": 4}, "sdpa"),
+        (Gemma2Config, {"sliding_window": 4, "attn_logit_softcapping": 0.5}, "eager"),
+    ],
+)
+def test_a_cpu_attends_to_the_positions_in_use(config_class, overrides, attention, monkeypatch):
+    model = tiny(config_class, attention=attention, **overrides)
+    free = [generate_greedily(model, prompt, 40) for prompt in PROMPTS]
+    lengths, update = [], FullLayer.update
+
+    def note(*args, **kwargs):
+        keys, values = update(*args, **kwargs)
+        lengths.append(keys.shape[2])
+        assert keys.shape == values.shape
+        return keys, values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FullLayer, "update", note)
+        result = StaticCacheRollout(model, **NO_EOS).generate(PROMPTS, 1, greedy(40))
+    assert result.ids.tolist() == free
+    for prompt, ids, logps_T in zip(PROMPTS, free, result.logps, strict=True):
+        expected_T = forward_logps(model, prompt, ids, 1.0).max(-1).values
+        torch.testing.assert_close(logps_T, expected_T, atol=5e-5, rtol=1e-5)
+    # The prompt of 7 in its own cache, then in that of 47; steps fill 8 to 46 of it.
+    read = [7, 16] + [16] * 9 + [32] * 16 + [47] * 14
+    assert sorted(lengths) == sorted(read * model.config.num_hidden_layers)
 
 
 class Spy(TorchDispatchMode):
@@ -61,7 +94,7 @@ def test_a_step_waits_for_nothing_and_writes_in_place(config_class, options):
     assert decoder.written_1.item() == 4
 
 
-def decoded(model, eos, sampling, share, *, steps_between_checks=1):
+def decoded(model, eos, sampling, share, *, steps_between_checks=1, grows=False):
     """Return what a decoder makes of the prompts, and how many rows each of its steps had."""
     static = StaticCacheRollout(model, eos_token_ids=eos, pad_token_id=PAD)._model
     batches = []
@@ -70,7 +103,8 @@ def decoded(model, eos, sampling, share, *, steps_between_checks=1):
         return lambda: (batches.append(len(decoder.rows)), step())
 
     with torch.no_grad():
-        decoder = Decoder(static, static.prefill(PROMPTS), 3, sampling, uniforms(12, 24))
+        prompts = static.prefill(PROMPTS)
+        decoder = Decoder(static, prompts, 3, sampling, uniforms(12, 24), grows=grows)
         result = decoder.run(
             make_step=make_step, steps_between_checks=steps_between_checks, share_to_go_on=share
         )
@@ -102,14 +136,16 @@ def test_dropping_rows_that_ended_changes_no_token(config_class, temperature, sh
     free, _ = decoded(model, [], sampling, 0.0)
     eos = ends_of_many_lengths(free.ids.tolist())
     kept, all_rows = decoded(model, eos, sampling, 0.0)
-    dropped, fewer_rows = decoded(model, eos, sampling, share, steps_between_checks=checks)
+    dropped, fewer_rows = decoded(
+        model, eos, sampling, share, steps_between_checks=checks, grows=True
+    )
 
     lengths = kept.mask.sum(1)
     assert len(set(lengths.tolist())) >= 3
     assert torch.equal(dropped.ids, kept.ids)
     assert torch.equal(dropped.mask, kept.mask)
     assert torch.equal(dropped.finished, kept.finished)
-    # Products of fewer rows sum in another order.
+    # Products of fewer rows, and of fewer positions, sum in another order.
     torch.testing.assert_close(dropped.logps, kept.logps, atol=5e-5, rtol=1e-5)
     assert dropped.token_lists() == [until(ids, eos) for ids in free.ids.tolist()]
 
