@@ -81,7 +81,7 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
         return 1
     except OutOfMemoryError as error:
         print(
-            f"fastgrpo: {error}\n`fastgrpo plan {config_file}` says what takes the memory and which "
+            f"fastgrpo: {error}\n`fastgrpo plan {config_file}` says what takes memory, and which "
             f"line of the configuration would save most\nrun directory: {trainer.run.path}",
             file=sys.stderr,
         )

@@ -34,7 +34,7 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
         device = _device()
         options["device_map"] = {"": device}
         options["quantization_config"] = _four_bits(config, device)
-    model = _load(AutoModelForCausalLM, str(config.model_name_or_path), **options)
+    model = load_from(AutoModelForCausalLM, str(config.model_name_or_path), **options)
     if config.load_in_4bit and model.device.type == "cpu":
         _mend_on_cpu(model)
     return model
@@ -46,7 +46,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it cannot be loaded; says why.
     """
-    return _load(AutoTokenizer, name)
+    return load_from(AutoTokenizer, name)
 
 
 def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -96,7 +96,12 @@ def _mend_on_cpu(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _load(auto_class: Any, name: str, **options: Any) -> Any:
+def load_from(auto_class: Any, name: str, **options: Any) -> Any:
+    """Load with an Auto class of transformers, from a directory or the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded; says why.
+    """
     local = name.startswith((".", "/", "~")) or Path(name).exists()
     path = Path(name).expanduser().resolve()  # adapters record it as their base
     if local and (path / "adapter_config.json").is_file() and auto_class is AutoModelForCausalLM:

@@ -16,10 +16,7 @@ from fastgrpo.assets import load_assets
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.data import encode_prompt, load_prompts
-from fastgrpo.loading import (
-    _load,  # pyright: ignore[reportPrivateUsage]
-    load_tokenizer,
-)
+from fastgrpo.loading import load_from, load_tokenizer
 
 from .plan import CONTEXT_BYTES, GIB, SLACK, Device, Plan, Planner
 from .search import Largest, Switch, largest_values, switches
@@ -180,7 +177,7 @@ def _load_inputs(
     name = config.model_name_or_path
     if not name:
         raise ConfigError("model_name_or_path: required (or set task: arithmetic)")
-    architecture = _in_time(lambda: _load(AutoConfig, name), f"model_name_or_path: {name}")
+    architecture = _in_time(lambda: load_from(AutoConfig, name), f"model_name_or_path: {name}")
     if prompt_length is not None:
         return architecture, prompt_length, "as given"
     dataset = config.dataset_name
