@@ -56,6 +56,21 @@ class Completions:
         return [row[:length] for row, length in zip(self.ids.tolist(), lengths, strict=True)]
 
 
+def longest_prompt(prompt_ids: list[list[int]], num_generations: int) -> int:
+    """Return the tokens of the longest prompt, after checking what an engine is asked for.
+
+    Raises:
+        ValueError: there is no prompt, a prompt is empty, or `num_generations` is below 1.
+    """
+    if not prompt_ids:
+        raise ValueError("prompt_ids is empty: give at least one prompt")
+    if [] in prompt_ids:
+        raise ValueError(f"prompt {prompt_ids.index([])} is empty: give it at least one token")
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    return max(map(len, prompt_ids))
+
+
 class Rollout(Protocol):
     """Anything that samples completions from the current policy."""
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastgrpo.attention import evaluating
-from fastgrpo.rollout import Completions, SamplingParams
+from fastgrpo.rollout import Completions, SamplingParams, longest_prompt
 from fastgrpo.rollout.cache import budget_bytes, fitting_rows, row_bytes
 from fastgrpo.rollout.cuda_graph import GraphedSteps
 from fastgrpo.rollout.decoder import Decoder, StaticModel, StepMaker, as_it_is
@@ -160,13 +160,7 @@ class StaticCacheRollout:
 
     def _check(self, prompt_ids: list[list[int]], num_generations: int, max_length: int) -> None:
         """Raise a ValueError for what cannot be sampled."""
-        if not prompt_ids:
-            raise ValueError("prompt_ids is empty: give at least one prompt")
-        if [] in prompt_ids:
-            raise ValueError(f"prompt {prompt_ids.index([])} is empty: give it at least one token")
-        if num_generations < 1:
-            raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-        longest = max(map(len, prompt_ids))
+        longest = longest_prompt(prompt_ids, num_generations)
         limit: int | None = getattr(self._model.config, "max_position_embeddings", None)
         if limit is not None and longest + max_length > limit:
             raise ValueError(

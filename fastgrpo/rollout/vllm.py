@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from fastgrpo.rollout import Completions, SamplingParams
+from fastgrpo.rollout import Completions, SamplingParams, longest_prompt
 from fastgrpo.rollout.weights import check_weights, checkpoint_weights
 
 # What vLLM is told in its environment, where the user has not said otherwise.
@@ -240,13 +240,7 @@ class VLLMRollout:
         )
 
     def _check(self, prompt_ids: list[list[int]], num_generations: int, max_length: int) -> None:
-        if not prompt_ids:
-            raise ValueError("prompt_ids is empty: give at least one prompt")
-        if [] in prompt_ids:
-            raise ValueError(f"prompt {prompt_ids.index([])} is empty: give it at least one token")
-        if num_generations < 1:
-            raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-        longest = max(map(len, prompt_ids))
+        longest = longest_prompt(prompt_ids, num_generations)
         if longest + max_length > self._max_model_length:
             raise ValueError(
                 f"the longest prompt has {longest} tokens, which with max_completion_length "
