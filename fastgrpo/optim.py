@@ -64,14 +64,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
         return 0.0
     # PyTorch's clip_grad_norm_ would round the norms, and the scale, to the type of the gradients.
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    norm = float(total)
+    total = torch.linalg.vector_norm(torch.stack(norms)).cpu()  # the one wait for the device
+    norm, scale = float(total), float(max_norm / (total + 1e-6))
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the norm of the gradient is {norm}; the weights are still those of the step before. "
             "Lower learning_rate, or look at the last rewards in completions.jsonl"
         )
-    scale = max_norm / (norm + 1e-6)
     if scale < 1:
         for gradient in gradients:
             gradient.mul_(scale)
