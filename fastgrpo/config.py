@@ -142,6 +142,7 @@ class TrainConfig(ModelOptions, RolloutOptions):
         problems += self._batch_problems()
         problems += self._optimizer_problems()
         problems += self._vllm_problems()
+        problems += self._ignored()
         for name in self.reward_funcs:
             if not isinstance(name, str):
                 problems.append(
@@ -228,6 +229,14 @@ class TrainConfig(ModelOptions, RolloutOptions):
         if self.offload_optimizer and not plain:
             yield f"offload_optimizer: steps on the CPU with adamw_torch_fused, not {self.optim}"
 
+    def _ignored(self) -> Iterator[str]:
+        """Yield the options that say something about what is switched off."""
+        fields = {f.name: f.default for f in dataclasses.fields(self)}
+        for switch, names in _OPTIONS_OF.items():
+            for name in names:
+                if not getattr(self, switch) and getattr(self, name) != fields[name]:
+                    yield f"{name}: has no effect without {switch}: true"
+
     def _vllm_problems(self) -> Iterator[str]:
         if self.use_vllm and self.load_in_4bit:
             yield "use_vllm: vLLM cannot take 4-bit weights from training; leave load_in_4bit out"
@@ -294,6 +303,17 @@ _NOT_WITH_TASK = (
     "prompt_column",
     "system_prompt",
 )
+_OPTIONS_OF = {
+    "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "sync_ref_model": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+    "dynamic_sampling": ("max_resample_rounds",),
+    "use_vllm": (
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_enable_sleep_mode",
+    ),
+}
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

@@ -218,13 +218,13 @@ def check_prompts(
         ValueError: names the first such row, and what to do.
     """
     limit = min(limits, key=lambda name: limits[name])
-    room = limits[limit] - max_completion_length
     for row, prompt in enumerate(dataset["prompt"]):
         length = len(encode_prompt(prompt, tokenizer, system_prompt=system_prompt))
-        if length > room:
+        if length + max_completion_length > limits[limit]:
             raise ValueError(
-                f"max_completion_length: the prompt of row {row} has {length} tokens, and {limit} "
-                f"has room for {room} beside the completion; lower max_completion_length"
+                f"max_completion_length: the prompt of row {row} has {length} tokens, which with "
+                f"{max_completion_length} of the completion exceeds the {limits[limit]} that "
+                f"{limit} has room for; lower max_completion_length"
                 f"{'' if limit == 'the model' else f', raise {limit}'}, or leave such prompts out "
                 "of the dataset"
             )

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_kernels_available
 
 from .activations import enable_gradient_checkpointing
 from .adapters import add_adapters
@@ -29,6 +30,11 @@ def check_installed(config: TrainConfig) -> None:
         "load_in_4bit": (config.load_in_4bit, "bitsandbytes", "8bit"),
         f"optim: {config.optim}": ("8bit" in config.optim, "bitsandbytes", "8bit"),
         "use_vllm": (config.use_vllm, "vllm", "vllm"),
+        "attn_implementation: flash_attention_2": (
+            config.attn_implementation == "flash_attention_2" and not is_kernels_available(),
+            "flash_attn",
+            "flash-attn",
+        ),
     }
     if config.optim == "adamw_torch_8bit":
         needs[f"optim: {config.optim}"] = (True, "torchao", "torchao")

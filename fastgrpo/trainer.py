@@ -25,6 +25,7 @@ from .console import Console
 from .data import check_prompts
 from .evaluate import evaluate
 from .experience import Collector
+from .health import Health
 from .loss import (
     SAMPLING_DIFFERENCE,
     batch_logps,
@@ -43,8 +44,6 @@ from .setup import build_rollout, check_installed, load_policy, notes
 
 if TYPE_CHECKING:
     from datasets import Dataset
-STALE = 0.1
-"""Mean |log-prob in training - in sampling| of fresh samples that is no rounding any more."""
 
 
 class Trainer:
@@ -100,7 +99,7 @@ class Trainer:
         self.num_steps = config.num_steps(len(self.train_dataset))
         self.optimizer, self.scheduler = build_optimizer(self.policy.model, config, self.num_steps)
         self.tokens_seen = 0
-        self.warned_of_stale = False
+        self.health = Health()
 
         self.run = RunDirectory(config, run_name)
 
@@ -245,13 +244,8 @@ class Trainer:
         metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
         self.run.add_metrics(metrics)
         self.console.step(metrics)
-        difference = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-        if "generate" in times and difference > STALE and not self.warned_of_stale:
-            self.warned_of_stale = True
-            self.console.message(
-                f"warning: log-probs in training are {difference:.2g} from those of the sampler, "
-                "in the mean: does it have the weights of this step?"
-            )
+        for warning in self.health.warnings(metrics, fresh="generate" in times):
+            self.console.message(warning)
 
     def test_accuracy(self, when: str) -> dict[str, float]:
         """Return the first reward function's mean on the test split, greedy and sampled."""

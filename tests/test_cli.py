@@ -61,10 +61,11 @@ def test_a_run_can_be_repeated_from_its_own_config(tmp_path, monkeypatch, config
         (["model_name_or_path=./none"], "./none is not a model directory"),
         (["reward_funcs=[acuracy]"], "accuracy"),
         (["reward_weights=[1, 2]"], "reward_weights"),
-        (["lr_scheduler_type=linaer"], "linaer"),
+        (["lr_scheduler_type=linaer"], "lr_scheduler_type: must be one of linear"),
         (
             ["max_completion_length=253"],
-            "max_completion_length: the prompt of row 0 has 4 tokens, and the model has room for 3",
+            "max_completion_length: the prompt of row 0 has 4 tokens, which with 253 of the "
+            "completion exceeds the 256 that the model has room for",
         ),
         (["reward_funcs=[nope:f]"], "nope"),
         (["reward_weights=[.nan]"], "reward_weights: must be finite"),

@@ -137,6 +137,9 @@ def test_every_field_says_what_it_means(options):
         ({"offload_optimizer": True, "optim": "adamw_8bit"}, "offload_optimizer: steps on the CPU"),
         ({"load_in_4bit": True}, "load_in_4bit: .* add use_peft: true"),
         ({"lora_r": 0}, "lora_r: must be at least 1, got 0"),
+        ({"lora_alpha": 64}, "lora_alpha: has no effect without use_peft: true"),
+        ({"max_resample_rounds": 5}, "max_resample_rounds: has no effect without dynamic_sampling"),
+        ({"vllm_max_model_length": 9}, "vllm_max_model_length: has no effect without use_vllm"),
         ({"lora_dropout": 1.0}, "lora_dropout: must be 0 or more and below 1"),
         ({"lora_target_modules": []}, "lora_target_modules: is empty"),
         (
@@ -190,8 +193,8 @@ def test_options_that_cannot_work_are_refused_with_the_remedy(values, message):
 
 
 def test_what_limits_a_sequence_is_known_by_its_key():
-    config = config_from({"max_tokens_per_microbatch": 2000, "vllm_max_model_length": 1000})
-    assert config.limits == {"max_tokens_per_microbatch": 2000}  # without use_vllm
+    config = config_from({"max_tokens_per_microbatch": 2000})
+    assert config.limits == {"max_tokens_per_microbatch": 2000}
     config = config_from({"use_vllm": True, "vllm_max_model_length": 1000})
     assert config.limits == {"vllm_max_model_length": 1000}
 

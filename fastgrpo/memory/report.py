@@ -56,10 +56,10 @@ def print_plan(
     for line in (verdict(plan), *facts(planner, config, plan, told)):
         console.message(line)
     console.table("GiB by phase", *phase_table(plan))
-    console.table("Largest that fits, each alone", *largest_table(largest_values(planner, config)))
     found = switches(planner, config, plan)
     if found:
         console.table("What would save most, each alone", *switch_table(found))
+    console.table("Largest that fits, each alone", *largest_table(largest_values(planner, config)))
     return plan
 
 
@@ -67,7 +67,7 @@ def planned_device(gpu_memory: str | None) -> Device:
     """Return the GPU to plan for.
 
     Args:
-        gpu_memory: "24GiB", "24GB" (10^9 bytes) or "24" (GiB); None: this machine's.
+        gpu_memory: "24GiB", "24GB" (10^9 bytes), "800MiB" or "24" (GiB); None: this machine's.
 
     Raises:
         ValueError: it is no such size, or there is no GPU.
@@ -79,10 +79,11 @@ def planned_device(gpu_memory: str | None) -> Device:
             )
         facts: Any = torch.cuda.get_device_properties(0)
         return Device(facts.name, facts.total_memory)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|)", gpu_memory.strip(), re.IGNORECASE)
-    size = float(match[1]) * (10**9 if match[2].lower() == "gb" else GIB) if match else 0.0
+    units = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|)", gpu_memory.strip(), re.IGNORECASE)
+    size = float(match[1]) * units[match[2].lower()] if match else 0.0
     if size <= 0:
-        raise ValueError(f"--gpu-memory: must be like 24GiB, got {gpu_memory!r}")
+        raise ValueError(f"--gpu-memory: must be like 24GiB, 24GB or 800MiB, got {gpu_memory!r}")
     return Device("a GPU", round(size))
 
 
