@@ -211,6 +211,7 @@ def test_dropout_drops_attention_weights():
         assert {x[0, 0, 0, 0].item() for x in out} == {0.0, 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch.compile's own
 def test_compiled_layers_serve_all_lengths():
     model, ids = make(CONFIGS["llama"], VARLEN), some_ids()

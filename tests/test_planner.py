@@ -130,7 +130,13 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize("case", TRAINING)
+SLOW = ("qwen3 budget", "llama kept", "llama master weights", "lora kept")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in TRAINING],
+)
 def test_training_takes_what_was_planned(tmp_path, case):
     family, values = TRAINING[case]
     trainer = make_trainer(tmp_path, ARCHITECTURES[family], **values)
@@ -175,6 +181,7 @@ def test_sampling_takes_what_was_planned(tmp_path, family, values):
     assert plan.rows_decoded == values.get("max_generation_batch_size", 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [{"bf16": True}, {"use_peft": True}])
 def test_log_probs_take_what_was_planned(tmp_path, values):
     family = "llama"
@@ -255,6 +262,7 @@ def test_parameters_of_real_shapes(size):
     assert sizes.gradients == 4 * SHAPES[size][0]
 
 
+@pytest.mark.slow
 def test_seven_billion_parameters_in_four_bits():
     config = run_config(use_peft=True, load_in_4bit=True, dtype="bfloat16")
     plan = Planner(qwen("7B"), GPU, 512).plan(config)
@@ -282,6 +290,7 @@ def test_the_largest_values_fit_and_larger_ones_do_not():
     assert found["num_generations"].now == 8
 
 
+@pytest.mark.slow
 def test_switches_are_plans_of_other_configurations():
     planner = Planner(ARCHITECTURES["llama"], Device("a GPU", GIB), PROMPT)
     config = run_config(beta=0.1, gradient_checkpointing=False)
@@ -342,8 +351,8 @@ def test_the_task_can_be_planned(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--gpu-memory", "much"], "--gpu-memory: must be like 24GiB, got 'much'"),
-        (["--gpu-memory", "0"], "--gpu-memory: must be like 24GiB, got '0'"),
+        (["--gpu-memory", "much"], "--gpu-memory: must be like 24GiB, 24GB or 800MiB, got 'much'"),
+        (["--gpu-memory", "0"], "--gpu-memory: must be like 24GiB, 24GB or 800MiB, got '0'"),
         (["--gpu-memory", "1", "model_name_or_path=./none"], "./none is not a model directory"),
         (["--gpu-memory", "1", "num_generation=4"], "did you mean num_generations?"),
         (["--gpu-memory", "1", "--prompt-length", "0"], "--prompt-length: must be at least 1"),
