@@ -25,19 +25,17 @@ def check_installed(config: TrainConfig) -> None:
     Raises:
         ValueError: names the key, the package and the extra that brings it.
     """
+    attention, optim = config.attn_implementation, config.optim
+    states = ("torchao", "torchao") if optim == "adamw_torch_8bit" else ("bitsandbytes", "8bit")
+    # Without flash-attn itself transformers takes it from the package `kernels`.
+    flash_attn = attention == "flash_attention_2" and not is_kernels_available()
     needs = {
         "use_peft": (config.use_peft, "peft", "lora"),
         "load_in_4bit": (config.load_in_4bit, "bitsandbytes", "8bit"),
-        f"optim: {config.optim}": ("8bit" in config.optim, "bitsandbytes", "8bit"),
+        f"optim: {optim}": ("8bit" in optim, *states),
         "use_vllm": (config.use_vllm, "vllm", "vllm"),
-        "attn_implementation: flash_attention_2": (
-            config.attn_implementation == "flash_attention_2" and not is_kernels_available(),
-            "flash_attn",
-            "flash-attn",
-        ),
+        f"attn_implementation: {attention}": (flash_attn, "flash_attn", "flash-attn"),
     }
-    if config.optim == "adamw_torch_8bit":
-        needs[f"optim: {config.optim}"] = (True, "torchao", "torchao")
     for key, (needed, package, extra) in needs.items():
         if needed and find_spec(package) is None:
             raise ValueError(
