@@ -18,8 +18,7 @@ from fastgrpo_kernels import (
 )
 
 if TYPE_CHECKING:
-    from .config import TrainConfig
-    from .config_file import load_config
+    from .config import TrainConfig, load_config
     from .trainer import Trainer
 
 __all__ = [
@@ -52,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
         return TrainConfig
     if name == "load_config":
-        from .config_file import load_config
+        from .config import load_config
 
         return load_config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

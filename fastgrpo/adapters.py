@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config_model import ModelOptions
+from .config.model import ModelOptions
 
 if TYPE_CHECKING:
     from peft import PeftModel

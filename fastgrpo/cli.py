@@ -64,7 +64,7 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
     # Imported here, where an impatient Ctrl-C is caught: they take seconds.
     from torch import OutOfMemoryError
 
-    from .config_file import load_config
+    from .config import load_config
     from .rewards import RewardError
     from .trainer import Trainer
 
@@ -97,7 +97,7 @@ def plan(
 ) -> int:
     """Print how much memory a run will take; whether it fits or not, the status is 0."""
     print(f"fastgrpo: planning {config_file}", file=sys.stderr, flush=True)
-    from .config_file import load_config
+    from .config import load_config
     from .memory.report import print_plan
 
     try:

@@ -20,7 +20,7 @@ from fastgrpo_kernels import (
 )
 
 from .batch import Batch
-from .config_rollout import RolloutOptions
+from .config.rollout import RolloutOptions
 from .model import Policy
 
 SAMPLING_DIFFERENCE = (

@@ -45,16 +45,25 @@ def build_optimizer(
         scheduler = get_scheduler(
             config.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=config.warmup_steps,
+            num_warmup_steps=warmup_steps(config, num_steps),
             num_training_steps=num_steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"lr_scheduler_type: {error}") from None
     return optimizer, scheduler
 
 
+def warmup_steps(config: TrainConfig, num_steps: int) -> int:
+    """Return the steps over which the learning rate rises, of a run of `num_steps` (as TRL's)."""
+    steps = config.warmup_steps
+    return math.ceil(steps * num_steps) if steps < 1 else int(steps)
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients down to `max_norm` and return the norm they had, computed in fp32.
+
+    With 0 they are left as they are.
 
     Raises:
         FloatingPointError: the norm is infinite or NaN; weights and gradients are untouched.
@@ -65,7 +74,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     # PyTorch's clip_grad_norm_ would round the norms, and the scale, to the type of the gradients.
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     total = torch.linalg.vector_norm(torch.stack(norms)).cpu()  # the one wait for the device
-    norm, scale = float(total), float(max_norm / (total + 1e-6))
+    norm, scale = float(total), float((max_norm or math.inf) / (total + 1e-6))
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the norm of the gradient is {norm}; the weights are still those of the step before. "

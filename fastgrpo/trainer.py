@@ -20,7 +20,7 @@ from .adapters import base_trained
 from .assets import Assets, load_assets
 from .batch import Batch, micro_batches
 from .checkpoint import name_base, save_checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, is_due
 from .console import Console
 from .data import check_prompts
 from .evaluate import evaluate
@@ -113,7 +113,7 @@ class Trainer:
             name_base(self.run.path / "base", self.policy.model, self.policy.tokenizer)
             before = self.test_accuracy("before")
             self.console.phase("train", self.num_steps)
-            step = 0
+            step, epoch = 0, config.steps_per_epoch(len(self.train_dataset))
             while step < self.num_steps:
                 times: dict[str, float] = {}
                 batches, metrics = self.collect(step + 1, times)
@@ -125,7 +125,7 @@ class Trainer:
                     self.log(step, batch, metrics | self.optimise(batch, times), times)
                     if self.reference is not None:
                         self.reference.sync(step)
-                    if config.save_steps and step % config.save_steps == 0:
+                    if is_due(config.save_strategy, config.save_steps, step, epoch):
                         self.save(self.run.path / "checkpoints" / f"step-{step}")
                     times = {}
             self.save(self.run.path / "final")

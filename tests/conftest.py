@@ -64,7 +64,7 @@ def start(tmp_path, word_problems):
             "reward_funcs": [f"{tmp_path}/silence.py:{reward}"],
             "output_dir": str(tmp_path / name),
             "max_steps": 3,
-            "save_steps": 0,
+            "save_strategy": "no",
             **values,
         }
         return Trainer(run_config(tmp_path, word_problems, model, **values))

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from fastgrpo.config_file import config_from
+from fastgrpo.config import config_from
 
 # What a model of random weights can learn in seconds: to write more of one letter.
 REWARD = """
@@ -31,6 +31,7 @@ def run_config(tmp_path, dataset, model, **values):
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "max_steps": 12,
+            "logging_steps": 1,
             "save_steps": 5,
             "cpu_threads": 1,
             **values,

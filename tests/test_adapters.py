@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from fastgrpo import linear_grpo_loss, reference
 from fastgrpo.adapters import add_adapters, base_trained
 from fastgrpo.checkpoint import name_base, save_checkpoint
-from fastgrpo.config import TrainConfig
-from fastgrpo.config_file import config_from
+from fastgrpo.config import TrainConfig, config_from
 from fastgrpo.trainer import Trainer
 
 IDS = torch.arange(40).view(2, 20) % 97 + 2
@@ -229,7 +228,7 @@ def run(tmp_path, model, **values):
             "use_peft": True,
             "bf16": False,
             "beta": 1e-3,
-            "save_steps": 0,
+            "save_strategy": "no",
             **values,
         }
     )

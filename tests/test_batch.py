@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from small_models import small_model, small_tokenizer
 
 from fastgrpo.batch import make_batch, micro_batches
-from fastgrpo.config_rollout import RolloutOptions
+from fastgrpo.config.rollout import RolloutOptions
 from fastgrpo.loss import batch_logps, batch_loss, sampler_correction, sampling_difference
 from fastgrpo.model import Policy
 from fastgrpo.rollout import SamplingParams

@@ -18,7 +18,7 @@ def config_file(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(
         f"model_name_or_path: {model}\ndataset_name: {tmp_path / 'prompts.jsonl'}\n"
-        "max_steps: 2\nnum_generations: 2\nmax_completion_length: 4\nsave_steps: 0\n"
+        "max_steps: 2\nnum_generations: 2\nmax_completion_length: 4\nsave_strategy: no\n"
     )
     return path
 

@@ -5,8 +5,7 @@ import inspect
 import pytest
 import yaml
 
-from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.config_file import config_from, load_config
+from fastgrpo.config import ConfigError, TrainConfig, config_from, load_config
 from fastgrpo_kernels import GRPOLossConfig
 
 NAMES = {"model_name_or_path": "m", "dataset_name": "d"}
@@ -71,7 +70,7 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
         ({"temperature": 0.0}, "temperature: must be above 0, got 0.0"),
         ({"top_p": 1.5}, "top_p: must be above 0 and at most 1, got 1.5"),
         ({"max_completion_length": 0}, "max_completion_length"),
-        ({"save_steps": -1}, "save_steps: must be 0 or more, got -1"),
+        ({"save_steps": 0}, "save_steps: must be at least 1, got 0"),
         ({"loss_type": "gppo"}, "loss_type"),
         (
             {"loss_type": "gmpo", "importance_sampling_level": "sequence"},
@@ -200,6 +199,8 @@ def test_what_limits_a_sequence_is_known_by_its_key():
 
 
 def test_steps_of_an_epoch_count_those_that_share_completions():
-    config = config_from({"steps_per_generation": 6, "gradient_accumulation_steps": 2})
+    config = config_from(
+        {"steps_per_generation": 6, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    )
     assert config.prompts_per_step == 2
     assert config.num_steps(100) == 3 * 17  # 17 times completions of 6 prompts, for 3 steps each

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastgrpo.config_file import load_config
+from fastgrpo.config import load_config
 from fastgrpo.tasks.arithmetic import build_dataset
 from fastgrpo.trainer import Trainer
 

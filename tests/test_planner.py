@@ -27,7 +27,7 @@ from benchmarks.measure import CpuAllocations
 from fastgrpo.assets import Assets
 from fastgrpo.batch import make_batch
 from fastgrpo.cli import main
-from fastgrpo.config_file import config_from
+from fastgrpo.config import config_from
 from fastgrpo.memory import Device, Planner, largest_values, switches
 from fastgrpo.memory.passes import Footprint, LossKind, Pass
 from fastgrpo.memory.plan import GIB
@@ -67,7 +67,7 @@ def run_config(**values):
             "max_completion_length": COMPLETION,
             "per_device_train_batch_size": BATCH,
             "max_steps": 4,
-            "save_steps": 0,
+            "save_strategy": "no",
             "cpu_threads": 1,
             **values,
         }

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.measure import LiveBytes
 from fastgrpo.adapters import add_adapters
 from fastgrpo.batch import make_batch
-from fastgrpo.config_file import config_from
+from fastgrpo.config import config_from
 from fastgrpo.loss import batch_logps
 from fastgrpo.model import Policy
 from fastgrpo.ref_model import Reference

@@ -8,7 +8,7 @@ from small_runs import lines, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo.assets import Assets, load_assets
-from fastgrpo.config_file import config_from, load_config
+from fastgrpo.config import config_from, load_config
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.static import StaticCacheRollout
 from fastgrpo.trainer import Trainer
@@ -183,7 +183,7 @@ def test_the_gsm8k_configuration_is_one_that_runs(tmp_path):
             f"output_dir={tmp_path / 'run'}",
             "max_completion_length=6",
             "max_steps=2",
-            "save_steps=0",
+            "save_strategy=no",
         ],
     )
     summary = Trainer(config).train()
@@ -234,7 +234,7 @@ def test_own_objects_need_no_names(tmp_path, word_problems):
     config = config_from({"output_dir": str(tmp_path / "run"), "max_completion_length": 8})
     with pytest.raises(ValueError, match="model_name_or_path: required"):
         Trainer(config)
-    assert Trainer(config, named).num_steps == 32  # one prompt a step
+    assert Trainer(config, named).num_steps == 3 * 32  # one prompt a step, three epochs
 
 
 def test_truncated_sampling_is_said_and_its_log_probs_are_those_of_training(

@@ -56,7 +56,7 @@ def train(task: Task, cell: TrainerCell, recorder: Recorder, directory: Path) ->
         max_steps=len(recorder.plan),
         bf16=cell.dtype == "bfloat16",
         gradient_checkpointing=cell.gradient_checkpointing,
-        save_steps=0,
+        save_strategy="no",
         output_dir=str(directory / "run"),
         loss=GRPOLossConfig(loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2, beta=0.0),
     )

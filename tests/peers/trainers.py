@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from benchmarks.trainer_cells import Task
 from fastgrpo.assets import Assets
-from fastgrpo.config_file import config_from
+from fastgrpo.config import config_from
 from fastgrpo.data import PromptSampler
 from fastgrpo.metrics import read_metrics
 from fastgrpo.rollout import Completions, SamplingParams
@@ -108,7 +108,7 @@ def run_ours(
     prepare: Prepare | None = None,
 ) -> Run:
     """Let our trainer train; `prepare` sees the model, with its adapters, before it does."""
-    config = config_from({"output_dir": str(directory / "ours"), "save_steps": 0, **options})
+    config = config_from({"output_dir": str(directory / "ours"), "save_strategy": "no", **options})
     model = copy.deepcopy(task.model)
     assets = Assets(model=model, tokenizer=task.tokenizer, train_dataset=task.dataset)
     trainer = Trainer(config, assets)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_models import small_model, small_tokenizer
 
-from fastgrpo.config_file import config_from
+from fastgrpo.config import config_from
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.vllm import VLLMRollout
 from fastgrpo.trainer import Trainer

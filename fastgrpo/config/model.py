@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from .checks import at_least, below_one, share
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -13,6 +15,10 @@ class ModelOptions:
 
     model_name_or_path: str | None = None
     """A Hugging Face causal LM: a directory or a Hub name. Left out with `task`."""
+    model_revision: str = "main"
+    """Branch, tag or commit of a model on the Hub."""
+    trust_remote_code: bool = False
+    """Run the Python files that a model or tokenizer brings along."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the parameters are held in. bfloat16 needs `bf16_updates`, or frozen parameters with
     trained adapters on them (`use_peft`)."""
@@ -28,6 +34,8 @@ class ModelOptions:
     can; otherwise that is said once."""
     torch_compile: bool = False
     """Compile the layers of the model with `torch.compile` for training."""
+    disable_dropout: bool = False
+    """Set every dropout of the model to 0."""
     gradient_checkpointing: bool = True
     """Compute activations again in backward instead of keeping them."""
     activation_offloading: bool = False
@@ -62,14 +70,9 @@ class ModelOptions:
 
     def model_problems(self, *, beta: float) -> Iterator[str]:
         """Yield what is wrong with these values."""
-        for name in ("lora_r", "lora_alpha", "ref_model_sync_steps"):
-            if getattr(self, name) < 1:
-                yield f"{name}: must be at least 1, got {getattr(self, name)}"
-        if not 0 <= self.lora_dropout < 1:
-            yield f"lora_dropout: must be 0 or more and below 1, got {self.lora_dropout}"
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            alpha = self.ref_model_mixup_alpha
-            yield f"ref_model_mixup_alpha: must be above 0 and at most 1, got {alpha}"
+        yield from at_least(self, 1, "lora_r", "lora_alpha", "ref_model_sync_steps")
+        yield from below_one(self, "lora_dropout")
+        yield from share(self, "ref_model_mixup_alpha")
         if self.load_in_4bit and not self.use_peft:
             yield "load_in_4bit: 4-bit parameters cannot be trained; add use_peft: true"
         if self.lora_target_modules == []:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from .checks import above_zero, at_least, share
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
@@ -22,6 +24,11 @@ class RolloutOptions:
     """Sample from the smallest set of tokens whose probability reaches this."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0: all."""
+    min_p: float | None = None
+    """Sample from the tokens at least this times as likely as the likeliest; None: all."""
+    rollout_fn: str | None = None
+    """`module:function` or `path.py:function` that samples in the engine's place: several turns,
+    tools, environments (`fastgrpo.rollout_fn`)."""
     max_generation_batch_size: int | None = None
     """Completions decoded at once, which bounds the KV cache; None: as many as fit in half of the
     memory that is free."""
@@ -59,24 +66,17 @@ class RolloutOptions:
                 f"num_generations: must be at least 2, got {self.num_generations}: a completion "
                 "is judged against the others of its group, and one alone has no signal"
             )
-        for name in (
+        yield from at_least(
+            self,
+            1,
             "max_completion_length",
             "max_generation_batch_size",
             "max_resample_rounds",
             "vllm_max_model_length",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"{name}: must be at least 1, got {value}"
-        if not self.temperature > 0:
-            yield f"temperature: must be above 0, got {self.temperature}"
-        if not 0 < self.top_p <= 1:
-            yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
-        if self.top_k < 0:
-            yield f"top_k: must be 0 or more, got {self.top_k}"
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            share = self.vllm_gpu_memory_utilization
-            yield f"vllm_gpu_memory_utilization: must be above 0 and at most 1, got {share}"
+        )
+        yield from above_zero(self, "temperature")
+        yield from share(self, "top_p", "min_p", "vllm_gpu_memory_utilization")
+        yield from at_least(self, 0, "top_k")
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if not 0 <= (low or 0.0) < (math.inf if high is None else high):
             yield (

@@ -17,7 +17,8 @@ import yaml
 
 from fastgrpo_kernels import GRPOLossConfig
 
-from .config import LOSS_KEYS, ConfigError, TrainConfig
+from .checks import ConfigError
+from .train import LOSS_KEYS, TrainConfig
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -113,13 +114,19 @@ def _convert(value: Any, hint: Any) -> Any:
         (hint,) = (a for a in arguments if a is not type(None))
         return _convert(value, hint)
     if origin is Literal:
-        if value in arguments:
+        if value is False and "no" in arguments:
+            return "no"  # YAML reads a bare no as false
+        if value in arguments and type(value) is str:
             return value
         raise ConfigError(f"must be one of {', '.join(map(str, arguments))}, got {value!r}")
     if origin is list:
         if not isinstance(value, list):
             raise ConfigError(f"must be a list, got {value!r}")
         return [_convert(item, arguments[0]) for item in value]
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(f"must be `key: value` pairs, got {value!r}")
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-6 as text

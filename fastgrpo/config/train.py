@@ -1,4 +1,4 @@
-"""The configuration of a run, with the names TRL and transformers use."""
+"""All options of a run together, and what they demand of each other."""
 
 from __future__ import annotations
 
@@ -6,53 +6,35 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from fastgrpo_kernels import GRPOLossConfig
 
-from .config_model import ModelOptions
-from .config_rollout import RolloutOptions
-
-
-class ConfigError(ValueError):
-    """Something in the configuration is wrong; the message says what and what to do."""
+from .checks import ConfigError, above_zero, at_least
+from .data import DataOptions
+from .loss import LossOptions
+from .model import ModelOptions
+from .optim import OptimOptions
+from .output import OutputOptions
+from .rewards import RewardOptions
+from .rollout import RolloutOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelOptions, RolloutOptions):
+class TrainConfig(  # the fields of the last come first in config.yaml
+    OutputOptions,
+    OptimOptions,
+    LossOptions,
+    RewardOptions,
+    RolloutOptions,
+    DataOptions,
+    ModelOptions,
+):
     """A GRPO run. In YAML, every field of `GRPOLossConfig` is a key beside these.
 
     Raises:
         ConfigError: a value out of range or a combination that cannot run.
     """
-
-    dataset_name: str | None = None
-    """A Hub name, a .jsonl, .json, .csv or .parquet file, or a `save_to_disk` folder."""
-    dataset_config: str | None = None
-    """Configuration of a Hub dataset (`main` of GSM8K)."""
-    dataset_train_split: str = "train"
-    """Split to train on."""
-    dataset_test_split: str | None = None
-    """Split measured before and after training, never trained on. None: not measured."""
-    prompt_column: str = "prompt"
-    """Column that holds the prompts: strings or chat messages."""
-    system_prompt: str | None = None
-    """Put before every prompt, which then goes through the tokenizer's chat template."""
-    task: Literal["arithmetic"] | None = None
-    """A task made on the spot instead of a model and a dataset: no download."""
-    warm_start_accuracy: float = 0.28
-    """With `task`: supervised training goes on until sampled answers are right this often."""
-
-    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
-    """Built-in names, `module:function` or `path.py:function`."""
-    reward_weights: list[float] | None = None
-    """Weight of each reward function; None: 1 each."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the standard deviation of the group, of the batch, or 1."""
-    advantage_std: Literal["sample", "population"] = "sample"
-    """Divisor of the variance: n - 1 or n."""
-    advantage_eps: float = 1e-4
-    """Added to the standard deviation."""
 
     per_device_train_batch_size: int = 8
     """Completions in one forward and backward pass, unless max_tokens_per_microbatch is set."""
@@ -72,59 +54,12 @@ class TrainConfig(ModelOptions, RolloutOptions):
 
     max_steps: int = -1
     """Optimisation steps; -1: as many as `num_train_epochs` has."""
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = 3.0
     """Passes over the prompts, when max_steps is -1."""
-    learning_rate: float = 1e-6
-    """Peak learning rate of AdamW."""
-    optim: Literal[
-        "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"
-    ] = "adamw_torch_fused"
-    """AdamW of PyTorch, of bitsandbytes with 8-bit states (two names; extra `8bit`), the same with
-    states that can be paged out to CPU memory, of torchao with 8-bit states."""
-    bf16_updates: Literal["master_weights", "stochastic_rounding"] | None = None
-    """How updates of bfloat16 parameters (`dtype`) keep what is below their last place: in fp32
-    copies, or on average."""
-    offload_optimizer: bool = False
-    """Keep the optimizer's states, and its fp32 copies of the parameters, in CPU memory and step
-    there."""
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ] = "linear"
-    """A schedule of transformers."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """Of AdamW; not applied to biases and norms."""
-    adam_beta1: float = 0.9
-    """Of AdamW."""
-    adam_beta2: float = 0.999
-    """Of AdamW."""
-    adam_epsilon: float = 1e-8
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-
     cpu_threads: int | None = None
     """Threads of PyTorch on the CPU; None: its default. Small models are faster on 1."""
     seed: int = 42
     """Of everything that is random."""
-
-    output_dir: str | None = None
-    """Run directory, which must not exist or be empty. None: a new one under `runs/`."""
-    save_steps: int = 500
-    """Steps between checkpoints; 0: only the final one."""
-    logging_steps: int = 1
-    """Steps between the plain log lines; metrics.jsonl has every step."""
-    num_completions_to_log: int = 4
-    """Completions written to completions.jsonl at each logging step."""
-    max_eval_samples: int | None = None
-    """Prompts of the test split that are measured; None: all."""
 
     loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
     """The loss; its temperature and max_completion_length are those above."""
@@ -138,39 +73,15 @@ class TrainConfig(ModelOptions, RolloutOptions):
             elif self.task is not None and f.name in _NOT_WITH_TASK and value != f.default:
                 problems.append(f"{f.name}: task makes its own model and dataset; leave it out")
         problems += self.model_problems(beta=self.loss.beta)
+        problems += self.data_problems()
         problems += self.rollout_problems()
+        problems += self.reward_problems()
+        problems += self.loss_problems(entropy_coef=self.loss.entropy_coef)
+        problems += self.optim_problems(dtype=self.dtype, use_peft=self.use_peft)
+        problems += self.output_problems()
         problems += self._batch_problems()
-        problems += self._optimizer_problems()
         problems += self._vllm_problems()
         problems += self._ignored()
-        for name in self.reward_funcs:
-            if not isinstance(name, str):
-                problems.append(
-                    f"reward_funcs: must be names such as 'my_rewards.py:brevity', got {name!r}"
-                )
-        if not self.reward_funcs:
-            problems.append("reward_funcs: at least one is required, for example [accuracy]")
-        if self.max_steps < 1 and self.max_steps != -1:
-            problems.append(f"max_steps: must be 1 or more, or -1, got {self.max_steps}")
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name}: must be at least 1, got {value}")
-        for name in _AT_LEAST_ZERO:
-            if not getattr(self, name) >= 0:
-                problems.append(f"{name}: must be 0 or more, got {getattr(self, name)}")
-        for name in _ABOVE_ZERO:
-            if not getattr(self, name) > 0:
-                problems.append(f"{name}: must be above 0, got {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                problems.append(f"{name}: must be 0 or more and below 1, got {getattr(self, name)}")
-        if not all(map(math.isfinite, self.reward_weights or [])):
-            problems.append(f"reward_weights: must be finite, got {self.reward_weights}")
-        if not 0 < self.warm_start_accuracy < 1:
-            problems.append(
-                f"warm_start_accuracy: must be above 0 and below 1, got {self.warm_start_accuracy}"
-            )
         if problems:
             raise ConfigError("\n".join(problems))
         object.__setattr__(
@@ -184,6 +95,17 @@ class TrainConfig(ModelOptions, RolloutOptions):
         )
 
     def _batch_problems(self) -> Iterator[str]:
+        yield from at_least(
+            self,
+            1,
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "num_iterations",
+            "cpu_threads",
+        )
+        yield from above_zero(self, "num_train_epochs")
+        if self.max_steps < 1 and self.max_steps != -1:
+            yield f"max_steps: must be 1 or more, or -1, got {self.max_steps}"
         if self.num_generations > 1 and self.completions_per_step % self.num_generations:
             yield (
                 f"per_device_train_batch_size: times gradient_accumulation_steps is "
@@ -203,31 +125,19 @@ class TrainConfig(ModelOptions, RolloutOptions):
                 f"{self.max_completion_length}, got {budget}: a prompt and its completion would "
                 "not fit"
             )
-        if budget is not None and self.loss.loss_type == "bnpo":
-            yield (
-                "max_tokens_per_microbatch: the loss bnpo is a mean over micro-batches and would "
-                "depend on how they are packed; use loss_type: dapo"
-            )
-
-    def _optimizer_problems(self) -> Iterator[str]:
-        if self.dtype == "bfloat16" and self.bf16_updates is None and not self.use_peft:
-            yield (
-                "dtype: in bfloat16 updates at RL learning rates are below one unit in the last "
-                "place and vanish; add bf16_updates: master_weights, or stochastic_rounding"
-            )
-        if self.bf16_updates is not None and (self.dtype != "bfloat16" or self.use_peft):
-            yield (
-                "bf16_updates: is for parameters trained in bfloat16; leave it out with "
-                + ("use_peft" if self.use_peft else f"dtype: {self.dtype}")
-            )
-        plain = self.optim == "adamw_torch_fused"
-        if self.bf16_updates == "stochastic_rounding" and (not plain or self.offload_optimizer):
-            yield (
-                "bf16_updates: stochastic_rounding is an optimizer of its own; leave out optim and "
-                "offload_optimizer, or take master_weights"
-            )
-        if self.offload_optimizer and not plain:
-            yield f"offload_optimizer: steps on the CPU with adamw_torch_fused, not {self.optim}"
+        for needed, what, remedy in (
+            (self.loss.loss_type == "bnpo", "the loss bnpo is a mean over", "use loss_type: dapo"),
+            (
+                self.top_entropy_quantile < 1,
+                "top_entropy_quantile takes quantiles of",
+                "leave one of them out",
+            ),
+        ):
+            if budget is not None and needed:
+                yield (
+                    f"max_tokens_per_microbatch: {what} micro-batches and would depend on how they "
+                    f"are packed; {remedy}"
+                )
 
     def _ignored(self) -> Iterator[str]:
         """Yield the options that say something about what is switched off."""
@@ -250,6 +160,11 @@ class TrainConfig(ModelOptions, RolloutOptions):
                 "vllm_importance_sampling_mode: vespo weighs whole sequences by itself; take "
                 "token_truncate or token_mask"
             )
+
+    @property
+    def test_split(self) -> str | None:
+        """Split of the dataset that is measured, if any."""
+        return self.dataset_test_split or (None if self.eval_strategy == "no" else "test")
 
     @property
     def limits(self) -> dict[str, int]:
@@ -276,6 +191,10 @@ class TrainConfig(ModelOptions, RolloutOptions):
         """Prompts of one optimisation step."""
         return self.completions_per_step // self.num_generations
 
+    def steps_per_epoch(self, num_prompts: int) -> float:
+        """Optimisation steps that one visit of all prompts takes."""
+        return num_prompts * self.num_iterations / self.prompts_per_step
+
     def num_steps(self, num_prompts: int) -> int:
         """Optimisation steps of a run over a dataset of `num_prompts` prompts."""
         if self.max_steps > 0:
@@ -293,6 +212,7 @@ class TrainConfig(ModelOptions, RolloutOptions):
 
 _NOT_WITH_TASK = (
     "model_name_or_path",
+    "model_revision",
     "attn_implementation",
     "dtype",
     "load_in_4bit",
@@ -302,35 +222,25 @@ _NOT_WITH_TASK = (
     "dataset_test_split",
     "prompt_column",
     "system_prompt",
+    "chat_template_kwargs",
 )
 _OPTIONS_OF = {
     "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
     "sync_ref_model": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
     "dynamic_sampling": ("max_resample_rounds",),
+    "use_adaptive_entropy": (
+        "entropy_coef_min",
+        "entropy_coef_max",
+        "entropy_coef_delta",
+        "entropy_target",
+    ),
     "use_vllm": (
         "vllm_gpu_memory_utilization",
         "vllm_max_model_length",
         "vllm_enable_sleep_mode",
     ),
 }
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_iterations",
-    "cpu_threads",
-    "logging_steps",
-    "max_eval_samples",
-)
-_AT_LEAST_ZERO = (
-    "advantage_eps",
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "save_steps",
-    "num_completions_to_log",
-)
-_ABOVE_ZERO = ("max_grad_norm", "num_train_epochs", "adam_epsilon")
 LOSS_KEYS = tuple(
     f.name
     for f in dataclasses.fields(GRPOLossConfig)
