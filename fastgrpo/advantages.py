@@ -85,7 +85,7 @@ def group_advantages(
     if multi_objective_aggregation == "normalize_then_sum":
         scores_PGK = torch.cat(
             [
-                compare(rewards_PG1, None, scale_rewards="group", **options).values_PGS
+                compare(rewards_PG1, scale_rewards="group", **options).values_PGS
                 for rewards_PG1 in rewards_PGK.split(1, dim=2)
             ],
             dim=2,
@@ -110,18 +110,18 @@ def _weighted_sum(values_PGK: Tensor, weights_K: Tensor, eps: float) -> tuple[Te
     weighted_PGK = values_PGK * weights_K
     totals_PG = weighted_PGK.nansum(dim=2).masked_fill(weighted_PGK.isnan().all(dim=2), torch.nan)
     sizes_PG = weighted_PGK.abs().nansum(dim=2)
-    return totals_PG, rounding(sizes_PG, torch.full_like(sizes_PG, len(weights_K)), eps)
+    return totals_PG, rounding(sizes_PG, len(weights_K), eps)
 
 
-def rounding(sizes_PN: Tensor, counts_PN: Tensor, eps: float) -> Tensor:
+def rounding(sizes_PN: Tensor, count: Tensor | int, eps: float) -> Tensor:
     """Return how far sums of each group that are equal may be apart by their roundings, (P,).
 
     Args:
-        sizes_PN: the absolute values that were added to get each of the N sums, added.
-        counts_PN: how many they were; of one, nothing is rounded.
+        sizes_PN: of each of the N sums, the absolute values that were added, added.
+        count: how many they were at most, (P,) or of all groups; of one, nothing is rounded.
         eps: of the type the values came in.
     """
-    return 4 * eps * (counts_PN.amax(dim=1) - 1) * sizes_PN.amax(dim=1)
+    return 4 * eps * (count - 1) * sizes_PN.amax(dim=1)
 
 
 class Compared(NamedTuple):
@@ -135,7 +135,7 @@ class Compared(NamedTuple):
 
 def compare(
     rewards_PGS: Tensor,
-    rounding_P: Tensor | None,
+    rounding_P: Tensor | float = 0.0,
     *,
     scale_rewards: ScaleRewards,
     std: Std,
@@ -146,8 +146,11 @@ def compare(
 
     Args:
         rewards_PGS: fp64, NaN where there is no reward.
-        rounding_P: how far apart rewards are equal nevertheless; None: not at all.
-        scale_rewards, std, advantage_eps, baseline: as in `group_advantages`.
+        rounding_P: how far apart rewards are equal nevertheless.
+        scale_rewards: as in `group_advantages`, and so are the others.
+        std: "sample" or "population", of all rewards of the group or the batch.
+        advantage_eps: added to the std.
+        baseline: the mean of all rewards of the group, or of those of its other completions.
     """
     there_PGS = ~rewards_PGS.isnan()
     count_P = there_PGS.sum(dim=(1, 2))
@@ -158,7 +161,7 @@ def compare(
     # of several rewards may differ by their roundings, which a division by the std would blow up.
     max_P = rewards_PGS.masked_fill(~there_PGS, -torch.inf).amax(dim=(1, 2))
     min_P = rewards_PGS.masked_fill(~there_PGS, torch.inf).amin(dim=(1, 2))
-    silent_P = max_P - min_P <= (0.0 if rounding_P is None else rounding_P)
+    silent_P = max_P - min_P <= rounding_P
 
     ddof = 1 if std == "sample" else 0
     std_P = (values_PGS.square().nansum(dim=(1, 2)) / (count_P - ddof).clamp(min=1)).sqrt()
