@@ -1,63 +1,58 @@
-"""What a person sees of a run: a live table on a terminal, plain lines anywhere else."""
+"""What a person sees of a run: a live area on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from .live_view import EVALUATED, TREND, Sample, State, live_lines, matching, number, printable
 
 SHOWN = (
     "reward",
     "rewards/*/mean",
+    "frac_reward_zero_std",
     "loss",
     "entropy",
     "kl",
     "grad_norm",
     "completions/mean_length",
+    "completions/clipped_ratio",
     "tokens_per_second",
     "step_time",
 )
-"""The metrics worth a look during a run, in this order; metrics.jsonl has all of them."""
+"""The metrics in a plain line, in this order; metrics.jsonl has all of them."""
+
+EVALUATION = "eval_"
+"""What the names of an evaluation's metrics begin with."""
 
 
 class Console:
     """Shows a run's progress; its methods work outside its `with` block too, without the live area.
 
-    On a terminal a progress bar and the metrics of the last step are redrawn in place, below
-    everything else. Elsewhere (a file, a pipe, CI) phases, messages and steps are lines.
+    On a terminal progress, metrics and a completion are redrawn in place, below everything else.
+    Elsewhere (a file, a pipe, CI) phases, messages and steps are lines.
     """
 
     def __init__(self, *, logging_steps: int = 1, console: RichConsole | None = None) -> None:
         """Prepare; nothing is written yet.
 
         Args:
-            logging_steps: steps between plain lines; the live table shows every step.
+            logging_steps: steps between plain lines; the live area shows every step.
             console: where to write; None: standard output.
         """
         self._console = console or RichConsole()
         self._logging_steps = logging_steps
-        self._total: int | None = None
-        self._step = 0
-        self._metrics: list[tuple[str, str]] = []
+        self._state = State()
         self._held_back: str | None = None
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            TextColumn("elapsed"),
-            TextColumn("{task.fields[remaining]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
         self._live: Live | None = None
 
     def __enter__(self) -> Console:
@@ -88,41 +83,75 @@ class Console:
             title: its name.
             total: steps it will have; None: unknown.
         """
-        if self._live is not None and self._total is not None:
+        if self._live is not None and self._state.recent and self._state.total is not None:
             self.message(self._line())  # what the live area showed last stays to be read
-        self._total, self._step, self._metrics, self._held_back = total, 0, [], None
-        for task in self._progress.task_ids:
-            self._progress.remove_task(task)
-        self._progress.add_task(
-            title, total=total, count=self._count(), remaining="remaining" if total else ""
-        )
+        now, warning = time.monotonic(), self._state.warning
+        self._state = State(title=title, total=total, started=now, warning=warning)
+        self._held_back = None
         if self._live is None:
             self.message(title if total is None else f"{title}: {total} steps")
 
     def step(self, metrics: Mapping[str, float | None]) -> None:
-        """Show a step of the phase.
+        """Show a step of the phase, an evaluation, or both.
 
         Args:
-            metrics: by name; `step` is its number, without it steps are counted. Only the names
-                in `SHOWN` are shown.
+            metrics: by name. `step` is its number, without it steps are counted. Names that begin
+                with `eval_` are those of an evaluation after that step. Lines have `SHOWN` only.
         """
-        self._step = int(metrics.get("step") or self._step + 1)
-        self._metrics = [
-            (name, _format(value))
-            for pattern in SHOWN
+        state, given = self._state, metrics.get("step")
+        evaluated = {
+            name.removeprefix(EVALUATION): value
             for name, value in metrics.items()
-            if fnmatchcase(name, pattern)
-        ]
-        for task in self._progress.task_ids:
-            self._progress.update(task, completed=self._step, count=self._count())
-        if self._live is not None:
-            return
-        line = self._line()
-        if self._step in (1, self._total) or self._step % self._logging_steps == 0:
-            self.message(line)
-            self._held_back = None
-        else:
-            self._held_back = line
+            if name.startswith(EVALUATION)
+        }
+        own = {n: value for n, value in metrics.items() if not n.startswith(EVALUATION)}
+        trained = bool(own.keys() - {"step"}) or not evaluated
+        step = int(given) if given is not None else state.step + trained
+        self._state = replace(state, step=step)
+        if trained:
+            self._state = replace(
+                self._state,
+                recent=(*state.recent, own)[-TREND:],
+                ends=(*state.ends, time.monotonic())[-TREND:],
+            )
+            self._plain_step(self._line())
+        if evaluated:
+            evaluations = (*state.evaluations, (step, evaluated))[-2:]
+            self._state = replace(self._state, evaluations=evaluations)
+            if self._live is None:
+                self.message(_words(f"evaluation at step {step}", evaluated, EVALUATED))
+
+    def sample(
+        self,
+        *,
+        prompt: Any,
+        completion: Any,
+        rewards: Mapping[str, float | None],
+        advantage: float | None = None,
+    ) -> None:
+        """Show a completion of the next step in the live area; completions.jsonl has more.
+
+        Args:
+            prompt: text or chat messages, of which the last is shown.
+            completion: likewise.
+            rewards: by function; None: not judged.
+            advantage: of the completion.
+        """
+        self._state = replace(
+            self._state,
+            sample=Sample(
+                step=self._state.step + 1,
+                prompt=printable(_content(prompt)),
+                completion=printable(_content(completion)),
+                rewards=dict(rewards),
+                advantage=advantage,
+            ),
+        )
+
+    def warning(self, text: str) -> None:
+        """Print a text as `message` does; the live area keeps the last one in sight."""
+        self._state = replace(self._state, warning=printable(text))
+        self.message(text)
 
     def message(self, text: str) -> None:
         """Print a text as it is, above the live area."""
@@ -147,27 +176,30 @@ class Console:
             rows.append([how, f"{before:.1%}", f"{after:.1%}", change])
         self.table(title, ["decoding", "before", "after", "change"], rows)
 
-    def _line(self) -> str:
-        return "  ".join(
-            [f"step {self._count()}", *(f"{name} {text}" for name, text in self._metrics)]
-        )
+    def _plain_step(self, line: str) -> None:
+        step = self._state.step
+        if self._live is not None:
+            return
+        if step in (1, self._state.total) or step % self._logging_steps == 0:
+            self.message(line)
+            self._held_back = None
+        else:
+            self._held_back = line
 
-    def _count(self) -> str:
-        if self._total is None:
-            return str(self._step) if self._step else ""
-        return f"{self._step}/{self._total}"
+    def _line(self) -> str:
+        return _words(f"step {self._state.count}", self._state.recent[-1], SHOWN)
 
     def _view(self) -> Group:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim")
-        grid.add_column(justify="right")
-        for name, text in self._metrics:
-            grid.add_row(Text(name), Text(text))
-        return Group(self._progress, grid)
+        return Group(*live_lines(self._state, self._console, time.monotonic()))
 
 
-def _format(value: float | None) -> str:
-    """Return three significant digits, or all digits of the whole part of a large number."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _words(title: str, metrics: Mapping[str, float | None], names: Sequence[str]) -> str:
+    found = matching(metrics, names)
+    return "  ".join([title, *(f"{name} {number(value)}" for name, value in found)])
+
+
+def _content(text: Any) -> str:
+    """Return a prompt's or completion's text, of chat messages that of the last."""
+    if isinstance(text, str):
+        return text
+    return str(text[-1].get("content") or "") if text else ""

@@ -1,0 +1,349 @@
+"""The live area of a terminal: what of a run is worth a glance, in the rows and columns there are.
+
+It is made of lines, none wider than the terminal, so that nothing wraps by itself; what there is no
+room for is left out, samples first.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import pairwise, zip_longest
+
+from rich.console import Console
+from rich.text import Text
+
+Metrics = Mapping[str, float | None]
+
+TREND = 64
+"""Steps that a sparkline looks back, and over which shares of time are taken."""
+
+KEPT = 3000
+"""Characters kept of either end of a text: more than a terminal shows."""
+
+COLUMN, GAP = 29, 2
+"""The least width of a column of metrics, and the space between two."""
+
+SPARKS = "▁▂▃▄▅▆▇█"
+EVALUATED = ("reward", "rewards/*/mean", "completions/mean_length", "completions/clipped_ratio")
+_IN_ASCII = str.maketrans(SPARKS + "━─…↵", "_.,-=+*#=-~/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A completion as it is shown: its texts are `printable`."""
+
+    step: int
+    prompt: str
+    completion: str
+    rewards: Metrics
+    advantage: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What is known of a phase. It is replaced, never changed: another thread draws it."""
+
+    title: str = ""
+    total: int | None = None
+    step: int = 0
+    started: float = 0.0
+    """Seconds of the clock whose time `live_lines` is told."""
+    ends: tuple[float, ...] = ()
+    """When the last steps ended."""
+    recent: tuple[Metrics, ...] = ()
+    """Metrics of the last steps."""
+    evaluations: tuple[tuple[int, Metrics], ...] = ()
+    """The last two and their steps; the names are those of training."""
+    sample: Sample | None = None
+    warning: str = ""
+
+    @property
+    def count(self) -> str:
+        """Steps done, and of how many."""
+        if self.total is None:
+            return str(self.step) if self.step else ""
+        return f"{self.step}/{self.total}"
+
+
+def live_lines(state: State, console: Console, now: float) -> list[Text]:
+    """Return what to draw, no more than fits below one line of other output.
+
+    Args:
+        state: of the run.
+        console: where it will be drawn; its size and its characters are those of now.
+        now: seconds of the clock that the times of `state` are from.
+    """
+    width, height = console.size.width, console.size.height - 1
+    between = [Text()] if height > 30 else []
+    lines = [_progress(state, width, now), *between]
+    below = _wrap(_evaluation(state), console, 2)
+    below += _wrap(Text(state.warning, style="yellow"), console, 3 if height > 24 else 2)
+    if below:
+        below += between
+    room = height - len(lines) - len(below)
+    least = 5 if state.sample and room > 12 else 0  # rows that a sample should have
+    lines += [*_metrics(state, console, room - least), *between, *below]
+    if state.sample:
+        lines += _sample(state.sample, console, height - len(lines))
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+        if console.options.ascii_only:
+            plain = line.plain.translate(_IN_ASCII)
+            line.plain = plain.encode("ascii", "replace").decode("ascii")
+    return lines[:height]
+
+
+def printable(text: str) -> str:
+    """Return a text without what a terminal would obey, or is wider in some than in others.
+
+    Control and unassigned characters and lone surrogates become U+FFFD. Joiners, directions and
+    other invisible formats, variation selectors and skin tones are dropped, and so are combining
+    marks after the second on a character. Of a long text both ends are kept.
+    """
+    if len(text) > 2 * KEPT:
+        text = f"{text[:KEPT]}\n…\n{text[-KEPT:]}"
+    shown: list[str] = []
+    marks = 0
+    for character in text.replace("\r\n", "\n").replace("\t", "    "):
+        category = unicodedata.category(character)
+        marks = marks + 1 if category in ("Mn", "Me") else 0
+        if character == "\n" or category in ("Zl", "Zp"):
+            shown.append("\n")
+        elif marks > 2 or category == "Cf" or character in _VARIANTS:
+            continue
+        elif category[0] == "C":
+            shown.append("\ufffd")
+        else:
+            shown.append(" " if category == "Zs" else character)
+    return "".join(shown)
+
+
+_VARIANTS = frozenset(map(chr, [*range(0xFE00, 0xFE10), *range(0x1F3FB, 0x1F400)]))
+
+
+def number(value: float | None) -> str:
+    """Return three significant digits, or all digits of the whole part of a large number."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """Return the course of numbers between their extremes, each character the mean of some."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    count = min(width, len(known))
+    if count < 2:
+        return ""
+    edges = [i * len(known) // count for i in range(count + 1)]
+    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
+
+
+def matching(metrics: Metrics, patterns: Iterable[str]) -> Iterator[tuple[str, float | None]]:
+    """Yield the metrics whose names match, in the order of the patterns."""
+    for pattern in patterns:
+        yield from ((n, value) for n, value in metrics.items() if fnmatchcase(n, pattern))
+
+
+def _progress(state: State, width: int, now: float) -> Text:
+    line = Text.assemble((printable(state.title), "bold"), " ", state.count)
+    tail = f"{_duration(now - state.started)} elapsed"
+    if state.total:
+        tail = f"{state.step / state.total:4.0%}  {tail}"
+        tail += "".join(f", {_duration(left)} left" for left in _remaining(state, now))
+        bar = min(width - line.cell_len - len(tail) - 4, 60)
+        done = bar * min(state.step, state.total) // state.total
+        line.append("  " + "━" * done, "green").append("━" * (bar - done), "bright_black")
+    return line.append(f"  {tail}")
+
+
+def _remaining(state: State, now: float) -> Iterator[float]:
+    """Yield, if it can be told, the seconds that the steps to come take at the pace of the last."""
+    ends = (state.started, *state.ends) if len(state.ends) == state.step else state.ends
+    if state.total is not None and 0 < state.step < state.total and len(ends) > 1:
+        pace = (ends[-1] - ends[0]) / (len(ends) - 1)
+        yield max(0.0, pace * (state.total - state.step) - (now - ends[-1]))
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A metric in a column."""
+
+    label: str
+    value: str
+    course: Callable[[int], str]
+    """Draws the way to the value, or its share, in as many columns as it is told."""
+
+    def line(self, width: int) -> Text:
+        """Return the row, exactly as wide as told."""
+        course = width // 5
+        label = Text(self.label, style="dim")
+        label.truncate(width - course - 11, overflow="ellipsis", pad=True)
+        line = Text.assemble(label, f" {self.value:>9} ", (self.course(course), "cyan"))
+        line.truncate(width, pad=True)
+        return line
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.0%}"
+
+
+def _seconds(value: float | None) -> str:
+    return f"{_brief(value)} s"
+
+
+def _brief(value: float | None) -> str:
+    """Return a number in 8 characters at most."""
+    text = number(value)
+    return text if value is None or len(text) <= 8 else f"{value:.1e}"
+
+
+def _per_second(value: float | None) -> str:
+    return f"{_brief(value)}/s"
+
+
+def _gib(value: float | None) -> str:
+    return f"{_brief(value)} GiB"
+
+
+_Format = Callable[[float | None], str]
+_REWARD: dict[str, tuple[str, _Format]] = {"reward": ("reward", _brief)}
+_COMPLETIONS: dict[str, tuple[str, _Format]] = {
+    "frac_reward_zero_std": ("silent groups", _percent),
+    "completions/mean_length": ("mean length", _brief),
+    "completions/clipped_ratio": ("truncated", _percent),
+}
+_POLICY: dict[str, tuple[str, _Format]] = {
+    "loss": ("loss", _brief),
+    "entropy": ("entropy", _brief),
+    "kl": ("kl", _brief),
+    "clip_ratio/region_mean": ("clip ratio", _percent),
+    "cispo_clip_ratio": ("clip ratio", _percent),
+    "grad_norm": ("grad norm", _brief),
+    "learning_rate": ("learning rate", _brief),
+}
+_SPEED: dict[str, tuple[str, _Format]] = {
+    "tokens_per_second": ("tokens", _per_second),
+    "step_time": ("step", _seconds),
+}
+_MEMORY: dict[str, tuple[str, _Format]] = {"memory/peak_gib": ("memory", _gib)}
+
+
+def _metrics(state: State, console: Console, room: int) -> list[Text]:
+    """Return the groups of metrics side by side; speed as text if it has no column."""
+    if not state.recent:
+        return []
+    width = console.size.width
+    columns = min(max((width + GAP) // (COLUMN + GAP), 1), 3)
+    each = min((width + GAP) // columns - GAP, 42)
+    speed = [*_rows(state, _SPEED), *_share_rows(state), *_rows(state, _MEMORY)]
+    below: list[Text] = []
+    if columns < 3:
+        parts = (f"{row.label.strip()} {row.value}" for row in speed)
+        below = _wrap(Text("  ".join(parts), style="dim"), console, 2)
+    room = max(room - len(below), 0)
+    policy = list(_rows(state, _POLICY))
+    rewards = _reward_rows(state, room - len(policy) * (columns == 1))
+    groups = [rewards + policy] if columns == 1 else [rewards, policy, speed][:columns]
+    blank = Text(" " * each)
+    cells = zip_longest(*([row.line(each) for row in group] for group in groups), fillvalue=blank)
+    return [*[Text(" " * GAP).join(row) for row in cells][:room], *below]
+
+
+def _rows(state: State, group: Mapping[str, tuple[str, _Format]]) -> Iterator[_Row]:
+    last = state.recent[-1]
+    for name, (label, form) in group.items():
+        if name in last:
+            course = partial(sparkline, [metrics.get(name) for metrics in state.recent])
+            yield _Row(label, form(last[name]), course)
+
+
+def _reward_rows(state: State, room: int) -> list[_Row]:
+    """Return the rows of the rewards and completions; of many functions the first."""
+    above, below = list(_rows(state, _REWARD)), list(_rows(state, _COMPLETIONS))
+    names = [name for name, _ in matching(state.recent[-1], ["rewards/*/mean"])]
+    each = list(_rows(state, {name: (f" {_short(name)}", _brief) for name in names}))
+    spare = max(room - len(above) - len(below), 1)
+    if len(each) > spare:
+        each = [*each[: spare - 1], _Row(f" and {len(each) - spare + 1} more", "", lambda _: "")]
+    return above + each + below
+
+
+def _share_rows(state: State) -> Iterator[_Row]:
+    """Yield what share of the last steps each part of a step took."""
+    seconds = {
+        name.removeprefix("time/"): sum(metrics.get(name) or 0.0 for metrics in state.recent)
+        for name in dict.fromkeys(name for metrics in state.recent for name in metrics)
+        if name.startswith("time/")
+    }
+    total = sum(seconds.values())
+    for name, value in seconds.items() if total else ():
+        yield _Row(f" {name}", f"{value / total:.0%}", partial(_bar, value / total))
+
+
+def _bar(share: float, width: int) -> str:
+    return "━" * round(share * width)
+
+
+def _evaluation(state: State) -> Text:
+    """Return the last evaluation and what changed since the one before."""
+    if not state.evaluations:
+        return Text()
+    step, metrics = state.evaluations[-1]
+    before = state.evaluations[0][1] if len(state.evaluations) > 1 else {}
+    line = Text(f"evaluation at step {step}", style="bold")
+    for name, value in matching(metrics, EVALUATED):
+        line.append(f"  {_short(name)} {number(value)}", "not bold")
+        was = before.get(name)
+        if value is not None and was is not None:
+            line.append(f" ({value - was:+.2g})", "not bold dim")
+    return line
+
+
+def _short(name: str) -> str:
+    """Return the name of a metric without what its place says."""
+    return name.removeprefix("rewards/").removesuffix("/mean").removeprefix("completions/")
+
+
+def _sample(sample: Sample, console: Console, room: int) -> list[Text]:
+    """Return a rule, the end of the prompt, the completion or its both ends, and its rewards."""
+    width = console.size.width
+    title = f"─ a completion of step {sample.step} "
+    scores = [f"{_short(name)} {number(value)}" for name, value in sample.rewards.items()]
+    if sample.advantage is not None:
+        scores.append(f"advantage {sample.advantage:+.3g}")
+    if room < 4:
+        return []
+    judged = _wrap(Text("  ".join(scores), style="green"), console, 2 if room > 5 else 1)
+    prompt = _wrap(Text(sample.prompt, style="dim"), console)[-max(room // 4, 1) :]
+    completion = _wrap(Text(sample.completion or "(empty)"), console)
+    spare = room - 1 - len(judged) - len(prompt)
+    if len(completion) > spare:
+        first, last = (spare - 1) // 2, spare // 2
+        left_out = f"… {len(completion) - first - last} lines …"
+        completion[first : len(completion) - last] = [Text(left_out, style="dim")]
+    rule = Text(title + "─" * (width - len(title)), style="bright_black")
+    return [rule, *prompt, *completion, *judged]
+
+
+def _wrap(text: Text, console: Console, most: int | None = None) -> list[Text]:
+    """Return the lines of a text that are not empty, as wide as the terminal, `most` of them."""
+    width = console.size.width
+    wrapped = text.wrap(console, width, overflow="fold")
+    lines = [line for line in wrapped if line.plain.strip()]
+    if most is not None and len(lines) > most:
+        lines[most - 1].truncate(width - 1, overflow="crop")
+        lines[most - 1].append("…")
+    return lines[:most]
