@@ -96,6 +96,7 @@ def _run(
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
+        min_p=config.min_p,
     )
     with without_values(architecture.model_type), torch.no_grad():
         move_to_cpu(model)

@@ -10,7 +10,7 @@ V vocabulary, E end-of-sequence ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -129,6 +129,7 @@ class _Rows:
     """Completions that are being decoded: the tensors that a step reads and writes."""
 
     number_B: Tensor  # of the completion, in the order asked for
+    max_length_B1: Tensor
     uniforms_BT: Tensor
     ids_BT: Tensor
     mask_BT: Tensor
@@ -158,6 +159,7 @@ class Decoder:
         uniforms_BT: Tensor,  # fp64 in [0, 1): a number for each token, wherever it is decoded
         *,
         grows: bool = False,  # its cache: steps attend to less, but cannot become a CUDA graph
+        max_lengths: Sequence[int] | None = None,  # P, of a prompt's completions; None: T
     ):
         self.model, self.sampling = model, sampling
         P, S = prompts.valid_PS.shape
@@ -174,12 +176,14 @@ class Decoder:
 
         visible_B1L = new.new_ones(B, 1, S + T, dtype=torch.bool)
         visible_B1L[:, 0, :S] = prompts.valid_PS.repeat_interleave(copies, 0)
-        self.eos_E = new.new_tensor(model.eos_token_ids)
+        self.eos_E = new.new_tensor([*model.eos_token_ids, *sampling.stop_token_ids])
+        max_length_P1 = new.new_tensor(max_lengths or [T] * P)[:, None]
         self.column_1 = new.new_full((1,), S)
         self.written_1 = new.new_zeros(1)
         self.ended: list[_Rows] = []
         self.rows = _Rows(
             number_B=torch.arange(B, device=new.device),
+            max_length_B1=max_length_P1.repeat_interleave(copies, 0),
             uniforms_BT=uniforms_BT,
             ids_BT=new.new_full((B, T), model.pad_token_id),
             mask_BT=new.new_zeros(B, T, dtype=torch.bool),
@@ -230,11 +234,14 @@ class Decoder:
         """Return all rows, in the order asked for."""
         parts = [*self.ended, self.rows]
         order_B = torch.cat([part.number_B for part in parts]).argsort()
+        ids_BT = torch.cat([part.ids_BT for part in parts])[order_B]
+        mask_BT = torch.cat([part.mask_BT for part in parts])[order_B]
+        last_B1 = ids_BT.gather(1, mask_BT.sum(1, keepdim=True) - 1)
         return Completions(
-            ids=torch.cat([part.ids_BT for part in parts])[order_B],
-            mask=torch.cat([part.mask_BT for part in parts])[order_B],
+            ids=ids_BT,
+            mask=mask_BT,
             logps=torch.cat([part.logps_BT for part in parts])[order_B],
-            finished=torch.cat([part.done_B1 for part in parts])[order_B, 0],
+            finished=(last_B1 == self.eos_E).any(-1),
         )
 
     def step(self) -> None:
@@ -247,7 +254,7 @@ class Decoder:
             columns_Q=self.column_1,
             cache=self.cache,
         )
-        rows.position_B1.add_(1)
+        rows.position_B1.add_(~rows.done_B1)  # a model may have no more positions
         self.column_1 += 1
         self.record(logits_BV)
 
@@ -263,3 +270,4 @@ class Decoder:
         rows.logps_BT.index_copy_(1, column_1, logp_B1.masked_fill(rows.done_B1, 0.0))
         rows.done_B1.logical_or_((token_B1 == self.eos_E).any(-1, keepdim=True))
         self.written_1 += 1
+        rows.done_B1.logical_or_(self.written_1 >= rows.max_length_B1)

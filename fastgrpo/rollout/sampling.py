@@ -25,6 +25,7 @@ def sample(
         logits_BV = logits_BV.float().div_(sampling.temperature)
     probs_BV = logits_BV.softmax(-1, dtype=torch.float32)
     blocks_BNW, mass_BN = _blocks(probs_BV)
+    total_B1 = mass_BN.sum(-1, keepdim=True)
     if greedy:
         token_B1 = logits_BV.argmax(-1, keepdim=True)
     elif sampling.top_k or sampling.top_p < 1:
@@ -33,11 +34,21 @@ def sample(
         before_BK = kept_BK.cumsum(-1, dtype=torch.float64) - kept_BK
         outside_BK = before_BK >= sampling.top_p * kept_BK.sum(-1, keepdim=True)
         kept_BK.masked_fill_(outside_BK, 0)
+        _drop_unlikely(kept_BK, sampling.min_p)
         token_B1 = candidates_BK.gather(-1, draw(*_blocks(kept_BK), uniform_B1))
     else:
+        if sampling.min_p:
+            _drop_unlikely(probs_BV, sampling.min_p)  # what is drawn keeps its probability
+            blocks_BNW, mass_BN = _blocks(probs_BV)
         token_B1 = draw(blocks_BNW, mass_BN, uniform_B1)
     # In fp32, 150 000 probabilities miss 1 by 1e-5.
-    return token_B1, (probs_BV.gather(-1, token_B1) / mass_BN.sum(-1, keepdim=True)).log().float()
+    return token_B1, (probs_BV.gather(-1, token_B1) / total_B1).log().float()
+
+
+def _drop_unlikely(probs_BM: Tensor, min_p: float | None) -> None:
+    """Set to 0 what is less than `min_p` times as likely as the likeliest of its row."""
+    if min_p:
+        probs_BM.masked_fill_(probs_BM < min_p * probs_BM.amax(-1, keepdim=True), 0)
 
 
 def draw(

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastgrpo.attention import evaluating
-from fastgrpo.rollout import Completions, SamplingParams, longest_prompt
+from fastgrpo.rollout import Completions, SamplingParams, longest_request
 from fastgrpo.rollout.cache import budget_bytes, fitting_rows, row_bytes
 from fastgrpo.rollout.cuda_graph import GraphedSteps
 from fastgrpo.rollout.decoder import Decoder, StaticModel, StepMaker, as_it_is
@@ -72,6 +72,8 @@ class StaticCacheRollout:
         num_generations: int,
         sampling: SamplingParams,
         generator: torch.Generator | None = None,
+        *,
+        max_lengths: Sequence[int] | None = None,  # P
     ) -> Completions:
         """Sample `num_generations` completions of each prompt.
 
@@ -82,15 +84,17 @@ class StaticCacheRollout:
             num_generations: completions a prompt (G).
             sampling: how tokens are drawn.
             generator: the source of randomness, on the model's device; None for the global one.
+            max_lengths: tokens that the completions of each prompt may have, where that is less
+                than `sampling` says; None: it is not.
 
         Returns:
             P * G completions on the model's device.
 
         Raises:
-            ValueError: there is no prompt, a prompt is empty, `num_generations` is below 1, or
-                prompt and completion do not fit in the model's positions.
+            ValueError: what is asked for makes no sense (`longest_request`), or a prompt and its
+                completion do not fit in the model's positions.
         """
-        self._check(prompt_ids, num_generations, sampling.max_completion_length)
+        self._check(*longest_request(prompt_ids, num_generations, sampling, max_lengths))
         device: torch.device = self._model.model.device
         shape = len(prompt_ids), num_generations, sampling.max_completion_length
         uniforms_PGT = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -120,6 +124,7 @@ class StaticCacheRollout:
                         sampling,
                         uniforms.flatten(0, 1),
                         grows=device.type == "cpu",
+                        max_lengths=max_lengths and max_lengths[i : i + prompts_at_once],
                     )
                     parts.append(run(decoder))
                     del decoder  # its cache, before the next is allocated
@@ -158,13 +163,12 @@ class StaticCacheRollout:
         each = row_bytes(model.config, length, dtype, truncated=truncated)
         return fitting_rows(budget_bytes(device), each, num_generations)
 
-    def _check(self, prompt_ids: list[list[int]], num_generations: int, max_length: int) -> None:
-        """Raise a ValueError for what cannot be sampled."""
-        longest = longest_prompt(prompt_ids, num_generations)
+    def _check(self, prompt: int, completion: int) -> None:
+        """Raise a ValueError for tokens that the model has no positions for."""
         limit: int | None = getattr(self._model.config, "max_position_embeddings", None)
-        if limit is not None and longest + max_length > limit:
+        if limit is not None and prompt + completion > limit:
             raise ValueError(
-                f"the longest prompt has {longest} tokens, which with max_completion_length "
-                f"{max_length} exceeds the model's max_position_embeddings {limit}: shorten the "
+                f"the longest prompt has {prompt} tokens, which with max_completion_length "
+                f"{completion} exceeds the model's max_position_embeddings {limit}: shorten the "
                 "prompt or max_completion_length"
             )

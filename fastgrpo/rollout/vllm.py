@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from fastgrpo.rollout import Completions, SamplingParams, longest_prompt
+from fastgrpo.rollout import Completions, SamplingParams, longest_request
 from fastgrpo.rollout.weights import check_weights, checkpoint_weights
 
 # What vLLM is told in its environment, where the user has not said otherwise.
@@ -121,23 +122,28 @@ class VLLMRollout:
         num_generations: int,
         sampling: SamplingParams,
         generator: torch.Generator | None = None,
+        *,
+        max_lengths: Sequence[int] | None = None,  # P
     ) -> Completions:
         """Sample `num_generations` completions of each prompt from the policy as it is now.
 
         Args:
             prompt_ids: the token ids of each prompt, without padding.
             num_generations: completions a prompt (G).
-            sampling: how tokens are drawn.
+            sampling: how tokens are drawn. vLLM looks at `min_p` before top_k and top_p.
             generator: gives the seed of each prompt; None for the global one.
+            max_lengths: tokens that the completions of each prompt may have, where that is less
+                than `sampling` says; None: it is not.
 
         Returns:
             P * G completions on the model's device.
 
         Raises:
-            ValueError: there is no prompt, a prompt is empty, `num_generations` is below 1, or
-                prompt and completion do not fit.
+            ValueError: what is asked for makes no sense (`longest_request`), or a prompt and its
+                completion do not fit.
         """
-        self._check(prompt_ids, num_generations, sampling.max_completion_length)
+        self._check(*longest_request(prompt_ids, num_generations, sampling, max_lengths))
+        limits = max_lengths or [sampling.max_completion_length] * len(prompt_ids)
         device = self._device if generator is None else generator.device
         seeds = torch.randint(2**62, (len(prompt_ids),), generator=generator, device=device)
         with torch.autocast(self._device.type, enabled=False):  # its kernels choose their types
@@ -146,8 +152,12 @@ class VLLMRollout:
             requests: list[Any] = self._llm.generate(
                 [{"prompt_token_ids": ids} for ids in prompt_ids],
                 [
-                    self._params(sampling, num_generations, None if device.type == "cuda" else seed)
-                    for seed in seeds.tolist()
+                    self._params(
+                        replace(sampling, max_completion_length=limit),
+                        num_generations,
+                        None if device.type == "cuda" else seed,
+                    )
+                    for limit, seed in zip(limits, seeds.tolist(), strict=True)
                 ],
                 use_tqdm=False,
             )
@@ -217,9 +227,10 @@ class VLLMRollout:
             temperature=0.0 if greedy else 1.0,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p or 0.0,
             max_tokens=sampling.max_completion_length,
             ignore_eos=True,  # what ends a completion is said here
-            stop_token_ids=self._eos_token_ids,
+            stop_token_ids=[*self._eos_token_ids, *sampling.stop_token_ids],
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
@@ -239,12 +250,11 @@ class VLLMRollout:
             finished=torch.tensor(finished, device=self._device),
         )
 
-    def _check(self, prompt_ids: list[list[int]], num_generations: int, max_length: int) -> None:
-        longest = longest_prompt(prompt_ids, num_generations)
-        if longest + max_length > self._max_model_length:
+    def _check(self, prompt: int, completion: int) -> None:
+        if prompt + completion > self._max_model_length:
             raise ValueError(
-                f"the longest prompt has {longest} tokens, which with max_completion_length "
-                f"{max_length} exceeds the {self._max_model_length} that vLLM makes room for: "
+                f"the longest prompt has {prompt} tokens, which with max_completion_length "
+                f"{completion} exceeds the {self._max_model_length} that vLLM makes room for: "
                 "raise vllm_max_model_length, or shorten the prompt or max_completion_length"
             )
 
