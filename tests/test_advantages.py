@@ -1,6 +1,7 @@
 """Advantages: the worked numbers of FORMULAS, exact zeros, gaps, invariances."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from fastgrpo.advantages import group_advantages
 
 NAN = float("nan")
+LEAVE_ONE_OUT = {"baseline": "leave_one_out"}
+GDPO = {"multi_objective_aggregation": "normalize_then_sum"}
 
 
 def column(*rewards: float) -> torch.Tensor:
@@ -33,6 +36,11 @@ def advantages(rewards: list[float], num_generations: int | None = None, **optio
         ([0.9, 0.7, 0.8, 0.4], {"scale_rewards": "none"}, [0.2, 0.0, 0.1, -0.3]),
         ([0, 0, 0.1, 0], {"scale_rewards": "none"}, [-0.025, -0.025, 0.075, -0.025]),
         ([1, 0, 1, 0], {"scale_rewards": "none"}, [0.5, -0.5, 0.5, -0.5]),
+        # Leave one out: 1 - (0 + 0 + 0) / 3 and 0 - (1 + 0 + 0) / 3; their std is 0.5.
+        ([1, 0, 0, 0], LEAVE_ONE_OUT | {"scale_rewards": "none"}, [1] + [-1 / 3] * 3),
+        ([1, 0, 0, 0], LEAVE_ONE_OUT | {"advantage_eps": 0.0}, [2] + [-2 / 3] * 3),
+        ([1, NAN, 0, 0], LEAVE_ONE_OUT | {"scale_rewards": "none"}, [1, 0, -0.5, -0.5]),
+        ([5, NAN, NAN, NAN], LEAVE_ONE_OUT | {"scale_rewards": "none"}, [0, 0, 0, 0]),
     ],
 )
 def test_worked_numbers(rewards, options, expected):
@@ -66,14 +74,20 @@ def test_batch_scale_uses_the_std_of_the_whole_batch(std):
     assert advantages(rewards, 2, scale_rewards="batch", std=std) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 @pytest.mark.parametrize("advantage_eps", [0.0, 1e-4])
 @pytest.mark.parametrize("value", [0.1, 0.7, -1 / 3, 1e6 + 0.1, 0.0])
-def test_equal_rewards_give_exactly_zero(scale_rewards, advantage_eps, value):
+def test_equal_rewards_give_exactly_zero(baseline, scale_rewards, advantage_eps, value):
     rewards = torch.full((6, 1), value, dtype=torch.float64)
     rewards[3:] = torch.tensor([[1.0], [2.0], [3.0]])
     result = group_advantages(
-        rewards, [0.3], 3, scale_rewards=scale_rewards, advantage_eps=advantage_eps
+        rewards,
+        [0.3],
+        3,
+        scale_rewards=scale_rewards,
+        advantage_eps=advantage_eps,
+        baseline=baseline,
     )
     assert result.advantages[:3].tolist() == [0.0, 0.0, 0.0]
     assert result.group_std[0].item() == 0.0
@@ -144,6 +158,10 @@ def test_a_batch_nobody_judged_is_all_zero():
         ((4, 1), [1.0], 2, {"scale_rewards": "groups"}, "'groups'"),
         ((4, 1), [1.0], 2, {"std": "biased"}, "'biased'"),
         ((4, 1), [1.0], 2, {"advantage_eps": -1.0}, "advantage_eps .* -1.0"),
+        ((4, 1), [1.0], 2, {"baseline": "rloo"}, "baseline .* 'rloo'"),
+        ((4, 1), [1.0], 2, {"multi_objective_aggregation": "gdpo"}, "aggregation .* 'gdpo'"),
+        ((4, 1), [1.0], 2, GDPO | LEAVE_ONE_OUT, "baseline = 'leave_one_out' .* at 'mean'"),
+        ((4, 1), [1.0], 2, GDPO | {"scale_rewards": "none"}, "scale_rewards = 'none' .* 'group'"),
     ],
 )
 def test_bad_arguments_are_named(shape, weights, num_generations, options, message):
@@ -167,6 +185,7 @@ OPTIONS = st.fixed_dictionaries(
     {
         "scale_rewards": st.sampled_from(["group", "batch", "none"]),
         "std": st.sampled_from(["sample", "population"]),
+        "baseline": st.sampled_from(["mean", "leave_one_out"]),
     }
 )
 few = settings(max_examples=40, deadline=None)
@@ -208,3 +227,21 @@ def test_without_eps_the_scale_of_the_rewards_does_not_matter(rewards_PG, factor
     torch.testing.assert_close(
         of_groups(rewards_PG * factor, advantage_eps=0.0), of_groups(rewards_PG, advantage_eps=0.0)
     )
+
+
+@few
+@given(GROUPS, st.sampled_from(["group", "batch", "none"]))
+def test_leaving_one_out_is_to_compare_with_the_mean_of_the_others(rewards_PG, scale_rewards):
+    options = {"scale_rewards": scale_rewards, "advantage_eps": 0.5}
+    found = of_groups(rewards_PG, **options, **LEAVE_ONE_OUT)
+    everything = [x for x in rewards_PG.flatten().tolist() if x == x]
+    for rewards, row in zip(rewards_PG.tolist(), found.tolist(), strict=True):
+        judged = [x for x in rewards if x == x]
+        members = everything if scale_rewards == "batch" else judged
+        std = statistics.stdev(members) if len(members) > 1 else 0.0
+        scale = 1.0 if scale_rewards == "none" else std + 0.5
+        for i, (reward, advantage) in enumerate(zip(rewards, row, strict=True)):
+            others = [x for j, x in enumerate(rewards) if x == x and j != i]
+            known = reward == reward and others
+            expected = (reward - statistics.fmean(others)) / scale if known else 0.0
+            assert advantage == pytest.approx(expected, abs=1e-6)
