@@ -1,0 +1,57 @@
+"""What reward functions are given and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+RewardFunction = Callable[..., Any]
+Completion = str | list[dict[str, Any]]
+Steps = list[tuple[int, float]]
+"""Rewards of a completion's steps, each with the index of the step's last token."""
+
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What a reward function is called with beside the columns of the dataset."""
+
+
+class RewardError(ValueError):
+    """A reward function failed, or what it is called with or returns breaks the contract."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What K reward functions say of B completions."""
+
+    rewards_BK: Tensor
+    """(B, K) fp32; NaN where a function did not judge; the sum of a completion's steps."""
+    steps: dict[int, list[Steps]]
+    """By index of the functions that returned steps: those of each completion, a bare number being
+    one step that ends at the last token; none where it did not judge."""
+    metrics: dict[str, float]
+    """Means of what the functions logged, and `rewards/{name}/exceptions` and
+    `rewards/{name}/timeouts` of the whole run for functions that had some."""
+    extra: dict[str, list[Any]]
+    """Columns that the functions logged, one value a completion."""
+    problems: list[str]
+    """A sentence for each failure of a kind that this run had not seen before."""
+
+
+def decode_completions(
+    prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], tokenizer: Any
+) -> list[Completion]:
+    """Return completions as reward functions see them: text, or messages after such a prompt."""
+    texts: list[str] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def content(completion: Completion) -> str:
+    """Return the text of a completion, of its last message if it has several."""
+    if isinstance(completion, str):
+        return completion
+    return (completion[-1].get("content") or "") if completion else ""

@@ -1,0 +1,345 @@
+"""The judges of a run: all its reward functions, called together on a batch of completions.
+
+A reward function has TRL's signature, so that those written for TRL run unmodified. It is called by
+keyword, `f(prompts=..., completions=..., completion_ids=..., **columns, trainer_state=...,
+log_extra=..., log_metric=...)`, with one entry per completion in all but the last three, `columns`
+being the other columns of the dataset. One without `**columns` gets the arguments it names. It may
+be async. It returns a number per completion, or None for one it does not judge, or the rewards of
+the completion's steps: a list of (index of the step's last token, reward).
+
+B completions, K reward functions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import pickle
+import weakref
+import zlib
+from array import array
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .built_in import accuracy
+from .contract import ARGUMENTS, Completion, RewardError, RewardFunction, Scores, Steps
+from .functions import Failure, Outcome, Source, Traits, Value, call_all, load, traits_of
+from .models import RewardModel
+from .names import SOFT_OVERLONG, identify, is_model, is_ours, soft_overlong_punishment, write
+from .process import Process
+
+
+class Judges:
+    """The reward functions of a run; close them at its end."""
+
+    def __init__(
+        self,
+        reward_funcs: Sequence[str | RewardFunction | nn.Module],
+        reward_weights: Sequence[float] | None = None,
+        *,
+        reward_timeout: float | None = 300.0,
+        reward_errors: Literal["stop", "none"] = "stop",
+        soft_punish_cache: int | None = None,
+        max_completion_length: int | None = None,
+        reward_processing_classes: Sequence[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        device: torch.device | str | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        """Load everything; functions that are not of this package in processes of their own.
+
+        Args:
+            reward_funcs: names (see `names.identify`), functions or reward models.
+            reward_weights: one a function; None: 1 each.
+            reward_timeout: seconds that a function may take over a batch; None: all are called in
+                this process, without a limit.
+            reward_errors: what an exception or a timeout does: "stop" raises RewardError, "none"
+                leaves the batch without rewards of that function, and counts.
+            soft_punish_cache: of the built-in `soft_overlong_punishment`.
+            max_completion_length: of the same.
+            reward_processing_classes: a tokenizer for each reward model, None for what is none;
+                None: that of the model's checkpoint.
+            chat_template_kwargs: for the chat templates of reward models.
+            trust_remote_code: of reward models.
+            device: of reward models; None: the GPU if there is one.
+            batch_size: completions that a reward model reads at once.
+            seed: of the generators of random, NumPy and torch in processes of their own, which each
+                call sets anew from it and the completions: a run can be repeated and resumed.
+
+        Raises:
+            ValueError: a function or model does not exist or does not fit; or two have one name.
+            ModuleNotFoundError, FileNotFoundError: there is no such module or file.
+        """
+        weights = [1.0] * len(reward_funcs) if reward_weights is None else reward_weights
+        if len(weights) != len(reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(weights)} entries for {len(reward_funcs)} reward_funcs; "
+                "give one weight per function"
+            )
+        tokenizers = reward_processing_classes or [None] * len(reward_funcs)
+        if len(tokenizers) != len(reward_funcs):
+            raise ValueError(
+                f"reward_processing_classes has {len(tokenizers)} entries for {len(reward_funcs)} "
+                "reward_funcs; give one for each, None for a function"
+            )
+        if soft_punish_cache is not None and SOFT_OVERLONG not in reward_funcs:
+            raise ValueError(
+                f"soft_punish_cache: nothing reads it; add {SOFT_OVERLONG!r} to reward_funcs, or "
+                "leave it out"
+            )
+        if reward_timeout is not None and not reward_timeout > 0:
+            raise ValueError(
+                f"reward_timeout: must be above 0 seconds, or null for none, got {reward_timeout}"
+            )
+        self.weights = [float(weight) for weight in weights]
+        self.timeout, self.errors, self.seed = reward_timeout, reward_errors, seed
+        self.functions: dict[int, Callable[..., Any]] = {}
+        """By index, those that are called in this process."""
+        self._processes: dict[int, Process] = {}
+        self._counts: dict[str, int] = {}
+        self._seen: set[tuple[int, str, str]] = set()
+        self._pool = ThreadPoolExecutor(max(len(reward_funcs), 1), "reward")
+        self._runner = asyncio.Runner()
+        self._finalizer = weakref.finalize(self, _close, self._processes, self._pool, self._runner)
+        try:
+            for k, entry in enumerate(reward_funcs):
+                if isinstance(entry, str) and entry == SOFT_OVERLONG:
+                    self.functions[k] = _soft_overlong(max_completion_length, soft_punish_cache)
+                    continue
+                found: Any = identify(entry) if isinstance(entry, str) else entry
+                if is_model(found):
+                    self.functions[k] = RewardModel(
+                        found,
+                        tokenizers[k],
+                        device=device,
+                        batch_size=batch_size,
+                        chat_template_kwargs=chat_template_kwargs,
+                        trust_remote_code=trust_remote_code,
+                    )
+                elif reward_timeout is None or is_ours(found):
+                    self.functions[k] = load(found) if isinstance(found, tuple) else found
+                else:
+                    source: Source = found if isinstance(found, tuple) else write(found)
+                    self._processes[k] = Process(source)
+            started = {k: self._pool.submit(p.start) for k, p in self._processes.items()}
+            traits = {k: traits_of(function) for k, function in self.functions.items()}
+            traits |= {k: future.result() for k, future in started.items()}
+            self._traits: list[Traits] = [traits[k] for k in range(len(reward_funcs))]
+            self.names = [traits["name"] for traits in self._traits]
+            if len(set(self.names)) < len(self.names):
+                raise ValueError(
+                    f"reward_funcs are named {', '.join(self.names)}; metrics are named after the "
+                    "functions, so give each a name of its own"
+                )
+        except BaseException:
+            for process in self._processes.values():
+                process.interrupt()
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes."""
+        self._finalizer()
+
+    def __enter__(self) -> Judges:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Refuse reward functions that cannot be called with the columns of a dataset.
+
+        Raises:
+            ValueError: names the function and what it lacks, or the column in its way.
+        """
+        refuse_own_arguments(columns)
+        given = set(ARGUMENTS).union(columns) - {"prompt"}
+        for traits in self._traits:
+            takes = given if traits["takes"] is None else given.intersection(traits["takes"])
+            if missing := [repr(name) for name in traits["needs"] if name not in takes]:
+                raise ValueError(
+                    f"reward function {traits['name']!r} needs {', '.join(missing)}, and the "
+                    f"dataset has {', '.join(columns)}; rename a column, or give it a default"
+                )
+        if accuracy in self.functions.values():
+            accuracy([], **{name: [] for name in columns if name != "prompt"})  # looks for its own
+
+    def score(
+        self,
+        *,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        completion_ids: Sequence[Sequence[int]],
+        columns: dict[str, list[Any]],
+        trainer_state: Any = None,
+    ) -> Scores:
+        """Call every reward function on a batch of completions.
+
+        Args:
+            prompts: (B,) the prompt of each completion, repeated within its group, as the columns
+                are.
+            completions: (B,) texts, or lists of messages.
+            completion_ids: (B,) the token ids of the completions.
+            columns: the other columns of the dataset, (B,) each.
+            trainer_state: what functions that ask for it are told of the run, such as a
+                `types.SimpleNamespace` with `global_step` and `max_steps`.
+
+        Raises:
+            RewardError: a function returned a wrong number of values, or one that is not a finite
+                number; or an argument has a wrong length; or, unless `reward_errors` is "none", a
+                function raised something or took too long.
+        """
+        refuse_own_arguments(columns)
+        arguments: dict[str, Any] = {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            **columns,
+        }
+        for name, values in arguments.items():
+            if len(values) != len(completions):
+                raise RewardError(
+                    f"{name} has {len(values)} entries for {len(completions)} completions"
+                )
+        outcomes = self._call(arguments | {"trainer_state": trainer_state})
+        problems = [
+            problem
+            for k, outcome in enumerate(outcomes)
+            if outcome["failure"] and (problem := self._fail(k, outcome["failure"], len(prompts)))
+        ]
+        return self._scores(outcomes, [len(ids) for ids in completion_ids], problems)
+
+    def _call(self, arguments: dict[str, Any]) -> list[Outcome]:
+        """Return what came of each function, those in processes running beside those here."""
+        request = self._request(arguments) if self._processes else b""
+        timeout = self.timeout or 0.0  # without one there are no processes
+        calls = {
+            k: self._pool.submit(process.call, request, timeout)
+            for k, process in self._processes.items()
+        }
+        here = sorted(self.functions)
+        try:
+            functions = [(self.functions[k], self._traits[k]) for k in here]
+            outcomes = dict(zip(here, call_all(functions, arguments, self._run), strict=True))
+            outcomes |= {k: call.result() for k, call in calls.items()}
+        except BaseException:
+            for process in self._processes.values():
+                process.interrupt()
+            raise
+        return [outcomes[k] for k in range(len(outcomes))]
+
+    def _request(self, arguments: dict[str, Any]) -> bytes:
+        seed = self.seed
+        for ids in arguments["completion_ids"]:
+            seed = zlib.crc32(array("q", ids), seed)
+        try:
+            return pickle.dumps((seed, arguments))
+        except Exception as error:
+            raise RewardError(
+                f"what reward functions are given cannot be sent to their processes ({error}); "
+                "set reward_timeout: null to call them in this one"
+            ) from error
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._runner.run(coroutine)
+        else:  # in a notebook
+            self._pool.submit(self._runner.run, coroutine).result()
+
+    def _fail(self, k: int, failure: Failure, count: int) -> str | None:
+        """Stop, or count and return a sentence for what is new."""
+        name, kind = self.names[k], failure["kind"]
+        said = f"reward function {name!r} {failure['what']}"
+        if kind == "contract":
+            raise RewardError(said)
+        said += f" over {count} completions{failure['where']}"
+        if self.errors == "stop":
+            longer = "raise reward_timeout, " if kind == "timeout" else "mend it, "
+            error = RewardError(f"{said}; {longer}or set reward_errors: none to do without")
+            if failure["traceback"]:
+                error.add_note(failure["traceback"])
+            raise error
+        metric = f"rewards/{name}/{kind}s"
+        self._counts[metric] = self._counts.get(metric, 0) + 1
+        new = k, kind, failure["where"] or failure["what"]
+        if new in self._seen:
+            return None
+        self._seen.add(new)
+        return f"{said}; none of them has a reward of it (reward_errors: none)"
+
+    def _scores(
+        self, outcomes: Sequence[Outcome], lengths: Sequence[int], problems: list[str]
+    ) -> Scores:
+        logged: dict[str, list[float]] = {}
+        extra: dict[str, list[Any]] = {}
+        steps: dict[int, list[Steps]] = {}
+        rewards_KB: list[list[float]] = []
+        for k, outcome in enumerate(outcomes):
+            values = outcome["values"] or [None] * len(lengths)
+            rewards_KB.append([_total(value) for value in values])
+            if any(isinstance(value, list) for value in values):
+                steps[k] = [_steps(x, n) for x, n in zip(values, lengths, strict=True)]
+            for name, value in outcome["metrics"]:
+                logged.setdefault(name, []).append(value)
+            for column, entries in outcome["extra"].items():
+                # Two functions may log one column, as TRL's do with the solution.
+                same = column not in extra or extra[column] == entries
+                extra[column if same else f"{self.names[k]}/{column}"] = entries
+        metrics = {name: sum(values) / len(values) for name, values in logged.items()}
+        return Scores(
+            rewards_BK=torch.tensor(rewards_KB, dtype=torch.float32).T.contiguous(),
+            steps=steps,
+            metrics=metrics | self._counts,
+            extra=extra,
+            problems=problems,
+        )
+
+
+def refuse_own_arguments(columns: Iterable[str]) -> None:
+    """Refuse columns that are named as an argument of reward functions.
+
+    Raises:
+        RewardError: there is one.
+    """
+    if taken := set(ARGUMENTS).intersection(columns):
+        raise RewardError(
+            f"the dataset has a column named {min(taken)!r}, but {min(taken)!r} is an argument's "
+            "name; rename the column"
+        )
+
+
+def _soft_overlong(length: int | None, cache: int | None) -> RewardFunction:
+    if length is None or cache is None:
+        raise ValueError(
+            f"soft_punish_cache: {SOFT_OVERLONG!r} in reward_funcs needs it, the number of tokens "
+            "before max_completion_length in which punishment grows"
+        )
+    return soft_overlong_punishment(length, cache)
+
+
+def _total(value: Value) -> float:
+    if isinstance(value, list):
+        return math.fsum(reward for _, reward in value) if value else math.nan
+    return math.nan if value is None else value
+
+
+def _steps(value: Value, length: int) -> Steps:
+    if isinstance(value, list):
+        return value
+    return [] if value is None or length == 0 else [(length - 1, value)]
+
+
+def _close(processes: dict[int, Process], pool: ThreadPoolExecutor, runner: asyncio.Runner) -> None:
+    for process in processes.values():
+        process.close()
+    pool.shutdown()
+    runner.close()

@@ -1,0 +1,216 @@
+"""A reward function in a process of its own, which can be ended whatever the function does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from .functions import Outcome, Source, Traits, failed, place
+from .worker import receive, send
+
+START_TIMEOUT_S = 300.0
+"""Seconds that a process may take to start and to import what its function needs."""
+_CLOSE_TIMEOUT_S = 2.0  # for what a function has registered with atexit
+_KILL_TIMEOUT_S = 10.0  # a process that a driver holds does not even end when killed
+_STACK_TIMEOUT_S = 0.5
+
+_WORKER = Path(__file__).with_name("worker.py")
+_FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
+
+
+class _Expired(Exception):
+    """The process took too long and was ended; carries where it was."""
+
+
+class _Ended(Exception):
+    """The process ended by itself; carries how."""
+
+
+class Process:
+    """The parent's side of `worker.py`: one call at a time, from any thread."""
+
+    def __init__(self, source: Source) -> None:
+        """Take where the function is; `start` loads it."""
+        self.source = source
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._lifeline = self._stack = -1
+
+    def start(self, seconds: float = START_TIMEOUT_S) -> Traits:
+        """Start the process and return what it found.
+
+        Raises:
+            ValueError: loading the function raised something, took too long or ended the process.
+            ModuleNotFoundError, FileNotFoundError: there is no such module or file.
+        """
+        self._popen = self._spawn()
+        try:
+            reply = self._exchange(pickle.dumps((list(map(str, sys.path)), self.source)), seconds)
+        except _Expired as error:
+            raise ValueError(f"{self._named} was not loaded in {seconds:g} s{error}") from None
+        except _Ended as error:
+            raise ValueError(f"{self._named} {error} while it was loaded") from None
+        kind, found = pickle.loads(reply)
+        if kind is not None:
+            self.kill()
+            raise kind(found)
+        return found
+
+    @property
+    def _named(self) -> str:
+        name = repr(self.source[1]) if self.source[0] == "name" else "given as an object"
+        return f"reward function {name}"
+
+    def call(self, request: bytes, seconds: float) -> Outcome:
+        """Call the function; a process that was ended is started again, which does not count.
+
+        Args:
+            request: a pickle of a seed and the arguments.
+            seconds: that the call may take.
+        """
+        try:
+            if self._popen is None:
+                self.start()
+        except (ValueError, ImportError, OSError) as error:
+            return failed("exception", f"could not be started again: {error}")
+        try:
+            reply = self._exchange(request, seconds)
+        except _Expired as error:
+            return failed("timeout", f"took longer than reward_timeout: {seconds:g} s", str(error))
+        except _Ended as error:
+            return failed("exception", str(error))
+        try:
+            return pickle.loads(reply)
+        except Exception as error:
+            what = f"gave log_extra what cannot be read here ({error}); give it plain values"
+            return failed("contract", what)
+
+    def close(self) -> None:
+        """Let the process end, and end it if it does not."""
+        if self._popen is not None and self._popen.stdin is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._popen.stdin.close()
+                self._popen.wait(_CLOSE_TIMEOUT_S)
+        self.kill()
+
+    def interrupt(self) -> None:
+        """End the process and those it has started, at once; a call in progress returns."""
+        popen = self._popen
+        if popen is None:
+            return
+        with contextlib.suppress(OSError):  # there is nothing left of them
+            if sys.platform == "win32":
+                popen.kill()
+            else:
+                os.killpg(popen.pid, signal.SIGKILL)
+
+    def kill(self) -> int | None:
+        """End the process; return its exit status, which is its own if it was ending already."""
+        self.interrupt()
+        popen, self._popen = self._popen, None
+        if popen is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            popen.wait(_KILL_TIMEOUT_S)
+        for pipe in (popen.stdin, popen.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+        for end in (self._lifeline, self._stack):
+            if end >= 0:
+                os.close(end)
+        self._lifeline = self._stack = -1
+        return popen.returncode
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        ours: list[int] = []
+        theirs: list[int] = []
+        if sys.platform != "win32":
+            (life, self._lifeline), (self._stack, stack) = os.pipe(), os.pipe()
+            ours, theirs = [self._lifeline, self._stack], [life, stack]
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER), *map(str, theirs)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=theirs,
+                start_new_session=True,  # Ctrl-C is for the parent; and one signal ends them all
+            )
+        except OSError:
+            for end in ours:
+                os.close(end)
+            self._lifeline = self._stack = -1
+            raise
+        finally:
+            for end in theirs:
+                os.close(end)
+
+    def _exchange(self, payload: bytes, seconds: float) -> bytes:
+        """Send a frame and wait for another, so long.
+
+        Raises:
+            _Expired, _Ended: there was none.
+        """
+        popen = self._popen
+        assert popen is not None and popen.stdin is not None and popen.stdout is not None
+        stacks: list[str] = []
+
+        def expire() -> None:
+            stacks.append(self._ask_stack(popen.pid))
+            self.interrupt()
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        reply = None
+        try:
+            send(popen.stdin, payload)
+            reply = receive(popen.stdout)
+        except OSError:  # it ended before it had read everything
+            pass
+        finally:
+            timer.cancel()
+            timer.join()
+        if stacks:
+            self.kill()
+            raise _Expired(stacks[0])
+        if reply is None:
+            raise _Ended(self._how_it_ended())
+        return reply
+
+    def _how_it_ended(self) -> str:
+        """End what is left of a process that has closed its pipe, which it does as it ends."""
+        status = self.kill()
+        if status is None:
+            return "ended its process"
+        if status >= 0:
+            return f"ended its process with status {status}"
+        name = signal.Signals(-status).name
+        memory = ", as when memory runs out" if name == "SIGKILL" else ""
+        return f"ended its process by signal {name}{memory}"
+
+    def _ask_stack(self, pid: int) -> str:
+        """Return where the function is, as far as the process can still say."""
+        if sys.platform == "win32":
+            return ""
+        text, patience = b"", _STACK_TIMEOUT_S
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR1)
+            while select.select([self._stack], [], [], patience)[0]:
+                more = os.read(self._stack, 1 << 16)
+                if not more:
+                    break
+                text, patience = text + more, 0.05
+        frames = [
+            traceback.FrameSummary(file, int(line), function)
+            for file, line, function in _FRAME.findall(text.decode(errors="replace"))
+        ]
+        return place(frames[::-1])

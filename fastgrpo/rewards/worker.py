@@ -1,0 +1,156 @@
+"""The process of one reward function, started by path, so that it imports nothing that is not used.
+
+It reads where its function is, says what it found, and then answers requests until they end. What
+is read and written are frames: eight bytes of length, then a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.util
+import os
+import pickle
+import signal
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+LENGTH = struct.Struct("<Q")
+
+
+def send(stream: IO[bytes], payload: bytes) -> None:
+    """Write a frame."""
+    stream.write(LENGTH.pack(len(payload)))
+    stream.write(payload)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> bytes | None:
+    """Read a frame; None where the stream ends."""
+    header = stream.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        return None
+    payload = stream.read(LENGTH.unpack(header)[0])
+    return payload if len(payload) == LENGTH.unpack(header)[0] else None
+
+
+def die_with_parent(lifeline: int) -> None:
+    """End this process and those it has started as soon as the other end of a pipe is closed.
+
+    On Linux by the kernel, whatever the function does; elsewhere by a thread, which code in C that
+    keeps the interpreter to itself can hold up.
+    """
+    if sys.platform == "linux":
+        import fcntl
+
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+
+    def watch() -> None:
+        os.read(lifeline, 1)
+        if sys.platform != "win32":
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    # On Linux too: the pipe may have been closed before the kernel was asked.
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def private_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Take standard input and output for the frames, away from what the function prints and reads.
+
+    A process that the function forks off does not keep them open either.
+    """
+    sys.stdout.flush()
+    requests, replies = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    sys.stdout = sys.stderr
+
+    def forget() -> None:
+        for pipe in (requests, replies):
+            with contextlib.suppress(OSError):
+                os.close(pipe)
+
+    if sys.platform != "win32":
+        os.register_at_fork(after_in_child=forget)
+    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
+
+
+def load_functions() -> Any:
+    """Return the module `functions` beside this file, without its package."""
+    path = Path(__file__).with_name("functions.py")
+    spec = importlib.util.spec_from_file_location("fastgrpo_reward_functions", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(coroutine: Any) -> None:
+    """Run a coroutine in the one event loop of this process, to which a client may be bound."""
+    global _runner
+    import asyncio
+
+    _runner = _runner or asyncio.Runner()
+    _runner.run(coroutine)
+
+
+_runner: Any = None
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Load the function, then answer until the requests end."""
+    functions = load_functions()
+    start = receive(requests)
+    if start is None:
+        return
+    sys.path[:], source = pickle.loads(start)
+    try:
+        function: Callable[..., Any] = functions.load(source)
+        traits = functions.traits_of(function)
+    except (ValueError, OSError, ImportError) as error:
+        kinds = (FileNotFoundError, ModuleNotFoundError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+        send(replies, pickle.dumps((kind, str(error))))
+        return
+    send(replies, pickle.dumps((None, traits)))
+    while (request := receive(requests)) is not None:
+        try:
+            seed, arguments = pickle.loads(request)
+        except Exception as error:
+            what, where, trace = functions.describe(error)
+            what = f"could not be given the columns of the dataset: {what}"
+            outcome = functions.failed("exception", what, where, trace)
+        else:
+            functions.seed(seed)
+            (outcome,) = functions.call_all([(function, traits)], arguments, run)
+        try:
+            reply = pickle.dumps(outcome)
+        except Exception as error:
+            what = f"gave log_extra what cannot leave its process ({functions.describe(error)[0]})"
+            reply = pickle.dumps(functions.failed("contract", f"{what}; give it plain values"))
+        send(replies, reply)
+
+
+def main(pipes: list[str]) -> None:
+    """Serve, with the parent's pipes: one it closes as it ends, one for stacks it asks for."""
+    if sys.platform != "win32" and pipes:
+        lifeline, stack = map(int, pipes)
+        for pipe in (lifeline, stack):
+            os.set_inheritable(pipe, False)
+        die_with_parent(lifeline)
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+    faulthandler.enable()
+    serve(*private_pipes())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
