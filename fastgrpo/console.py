@@ -85,8 +85,7 @@ class Console:
         """
         if self._live is not None and self._state.recent and self._state.total is not None:
             self.message(self._line())  # what the live area showed last stays to be read
-        now, warning = time.monotonic(), self._state.warning
-        self._state = State(title=title, total=total, started=now, warning=warning)
+        self._state = State(title=title, total=total, started=time.monotonic())
         self._held_back = None
         if self._live is None:
             self.message(title if total is None else f"{title}: {total} steps")

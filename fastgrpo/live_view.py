@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise, zip_longest
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -80,10 +81,12 @@ def live_lines(state: State, console: Console, now: float) -> list[Text]:
         now: seconds of the clock that the times of `state` are from.
     """
     width, height = console.size.width, console.size.height - 1
+    if not state.title:
+        return []
     between = [Text()] if height > 30 else []
     lines = [_progress(state, width, now), *between]
-    below = _wrap(_evaluation(state), console, 2)
-    below += _wrap(Text(state.warning, style="yellow"), console, 3 if height > 24 else 2)
+    below = _wrap(_evaluation(state), console, 2 if height > 16 else 1)
+    below += _wrap(Text(state.warning, style="yellow"), console, min(height // 8 + 1, 3))
     if below:
         below += between
     room = height - len(lines) - len(below)
@@ -92,10 +95,10 @@ def live_lines(state: State, console: Console, now: float) -> list[Text]:
     if state.sample:
         lines += _sample(state.sample, console, height - len(lines))
     for line in lines:
-        line.truncate(width, overflow="ellipsis")
         if console.options.ascii_only:
             plain = line.plain.translate(_IN_ASCII)
             line.plain = plain.encode("ascii", "replace").decode("ascii")
+        line.truncate(width)
     return lines[:height]
 
 
@@ -143,7 +146,8 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     edges = [i * len(known) // count for i in range(count + 1)]
     means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    rounding = 1e-9 * max(abs(low), abs(high))  # of the means of equal numbers
+    scale = (len(SPARKS) - 1) / (high - low) if high - low > rounding else 0.0
     return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
 
 
@@ -250,9 +254,9 @@ def _metrics(state: State, console: Console, room: int) -> list[Text]:
     each = min((width + GAP) // columns - GAP, 42)
     speed = [*_rows(state, _SPEED), *_share_rows(state), *_rows(state, _MEMORY)]
     below: list[Text] = []
-    if columns < 3:
+    if columns < 3 and room > 6:
         parts = (f"{row.label.strip()} {row.value}" for row in speed)
-        below = _wrap(Text("  ".join(parts), style="dim"), console, 2)
+        below = _flow(parts, "dim", console, 2)
     room = max(room - len(below), 0)
     policy = list(_rows(state, _POLICY))
     rewards = _reward_rows(state, room - len(policy) * (columns == 1))
@@ -326,7 +330,7 @@ def _sample(sample: Sample, console: Console, room: int) -> list[Text]:
         scores.append(f"advantage {sample.advantage:+.3g}")
     if room < 4:
         return []
-    judged = _wrap(Text("  ".join(scores), style="green"), console, 2 if room > 5 else 1)
+    judged = _flow(scores, "green", console, 2 if room > 5 else 1)
     prompt = _wrap(Text(sample.prompt, style="dim"), console)[-max(room // 4, 1) :]
     completion = _wrap(Text(sample.completion or "(empty)"), console)
     spare = room - 1 - len(judged) - len(prompt)
@@ -336,6 +340,17 @@ def _sample(sample: Sample, console: Console, room: int) -> list[Text]:
         completion[first : len(completion) - last] = [Text(left_out, style="dim")]
     rule = Text(title + "─" * (width - len(title)), style="bright_black")
     return [rule, *prompt, *completion, *judged]
+
+
+def _flow(parts: Iterable[str], style: str, console: Console, most: int) -> list[Text]:
+    """Return lines of phrases that are not broken, `most` of them."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and cell_len(lines[-1]) + 2 + cell_len(part) <= console.size.width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return [Text(line, style) for line in lines[:most]]
 
 
 def _wrap(text: Text, console: Console, most: int | None = None) -> list[Text]:

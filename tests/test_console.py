@@ -35,12 +35,15 @@ def test_a_plain_step_is_one_line_of_the_metrics_that_matter() -> None:
                 "grad_norm": math.nan,
                 "entropy": None,
                 "time/generate": 1.0,
+                "frac_reward_zero_std": 0.25,
+                "completions/clipped_ratio": 0.0625,
             }
         )
     assert file.getvalue() == (
         "train: 150 steps\n"
-        "step 10/150  reward 0.412  rewards/exact_match/mean 0.375  loss -0.0123  entropy -  "
-        "grad_norm -  tokens_per_second 12,346\n"
+        "step 10/150  reward 0.412  rewards/exact_match/mean 0.375  "
+        "frac_reward_zero_std 0.25  loss -0.0123  entropy -  grad_norm -  "
+        "completions/clipped_ratio 0.0625  tokens_per_second 12,346\n"
     )
 
 
@@ -73,6 +76,47 @@ def test_steps_without_a_number_or_a_total_are_counted() -> None:
         "train: 2 steps",
         "step 1/2  loss 1",
     ]
+
+
+def test_an_evaluation_is_a_line_of_its_own_and_no_step() -> None:
+    console, file = plain(logging_steps=10)
+    console.phase("train", 20)
+    console.step({"step": 0, "eval_reward": 0.25, "eval_runtime": 3.0})  # before the first step
+    console.step({"step": 1, "reward": 0.5})
+    console.step({"step": 2, "reward": 0.75, "eval_reward": 0.375, "eval_rewards/a/mean": 1.0})
+    console.step({"reward": 1.0})  # counted on
+    console.step({"eval_reward": 0.5})
+    console.phase("done", None)
+    assert file.getvalue().splitlines() == [
+        "train: 20 steps",
+        "evaluation at step 0  reward 0.25",
+        "step 1/20  reward 0.5",
+        "evaluation at step 2  reward 0.375  rewards/a/mean 1",
+        "evaluation at step 3  reward 0.5",
+        "done",
+    ]
+
+
+def test_samples_are_for_terminals_and_warnings_for_everybody() -> None:
+    for console, file in (plain(), live()):
+        with console:
+            console.phase("train", 20)
+            console.sample(
+                prompt=[{"role": "user", "content": "ask[me]"}],
+                completion=[{"role": "assistant", "content": "\x1b[2Jdone"}],
+                rewards={"judge": 0.5, "other": None},
+                advantage=-0.25,
+            )
+            console.warning("warning: [no] signal")
+        shown = file.getvalue()
+        assert shown.count("warning: [no] signal") == (1 if console_is_plain(shown) else 2)
+        for text in ("ask[me]", "\ufffd[2Jdone", "judge 0.5  other -  advantage -0.25"):
+            assert (text in shown) is not console_is_plain(shown)
+        assert "\x1b[2J" not in shown
+
+
+def console_is_plain(shown: str) -> bool:
+    return "\x1b" not in shown
 
 
 def test_the_step_before_an_error_is_not_lost() -> None:
@@ -116,7 +160,7 @@ def test_a_terminal_shows_the_progress_and_the_last_metrics() -> None:
         console.phase("train", 150)
         console.step({"step": 7, "reward": 0.25, "rewards/exact_match/mean": 0.125, "kl": 0.5})
     last = file.getvalue().rpartition("train")[2]
-    for text in ("7/150", "elapsed", "reward ", "0.25", "rewards/exact_match/mean", "0.125", "kl"):
+    for text in ("7/150", "elapsed", "reward ", "0.25", " exact_match ", "0.125", "kl"):
         assert text in last
     assert "step 7/150" not in file.getvalue()
 
