@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .live_view import EVALUATED, TREND, Sample, State, live_lines, matching, number, printable
+from .live_view import EVALUATED, TREND, Sample, State, live_lines
+from .readable import matching, number, printable
 
 SHOWN = (
     "reward",

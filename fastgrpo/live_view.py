@@ -7,30 +7,24 @@ room for is left out, samples first.
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from fnmatch import fnmatchcase
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-Metrics = Mapping[str, float | None]
+from .readable import SPARKS, Metrics, matching, number, printable, short_name, sparkline
 
 TREND = 64
 """Steps that a sparkline looks back, and over which shares of time are taken."""
 
-KEPT = 3000
-"""Characters kept of either end of a text: more than a terminal shows."""
-
 COLUMN, GAP = 29, 2
 """The least width of a column of metrics, and the space between two."""
 
-SPARKS = "▁▂▃▄▅▆▇█"
 EVALUATED = ("reward", "rewards/*/mean", "completions/mean_length", "completions/clipped_ratio")
 _IN_ASCII = str.maketrans(SPARKS + "━─…↵", "_.,-=+*#=-~/")
 
@@ -100,61 +94,6 @@ def live_lines(state: State, console: Console, now: float) -> list[Text]:
             line.plain = plain.encode("ascii", "replace").decode("ascii")
         line.truncate(width)
     return lines[:height]
-
-
-def printable(text: str) -> str:
-    """Return a text without what a terminal would obey, or is wider in some than in others.
-
-    Control and unassigned characters and lone surrogates become U+FFFD. Joiners, directions and
-    other invisible formats, variation selectors and skin tones are dropped, and so are combining
-    marks after the second on a character. Of a long text both ends are kept.
-    """
-    if len(text) > 2 * KEPT:
-        text = f"{text[:KEPT]}\n…\n{text[-KEPT:]}"
-    shown: list[str] = []
-    marks = 0
-    for character in text.replace("\r\n", "\n").replace("\t", "    "):
-        category = unicodedata.category(character)
-        marks = marks + 1 if category in ("Mn", "Me") else 0
-        if character == "\n" or category in ("Zl", "Zp"):
-            shown.append("\n")
-        elif marks > 2 or category == "Cf" or character in _VARIANTS:
-            continue
-        elif category[0] == "C":
-            shown.append("\ufffd")
-        else:
-            shown.append(" " if category == "Zs" else character)
-    return "".join(shown)
-
-
-_VARIANTS = frozenset(map(chr, [*range(0xFE00, 0xFE10), *range(0x1F3FB, 0x1F400)]))
-
-
-def number(value: float | None) -> str:
-    """Return three significant digits, or all digits of the whole part of a large number."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
-
-
-def sparkline(values: Sequence[float | None], width: int) -> str:
-    """Return the course of numbers between their extremes, each character the mean of some."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    count = min(width, len(known))
-    if count < 2:
-        return ""
-    edges = [i * len(known) // count for i in range(count + 1)]
-    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    rounding = 1e-9 * max(abs(low), abs(high))  # of the means of equal numbers
-    scale = (len(SPARKS) - 1) / (high - low) if high - low > rounding else 0.0
-    return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
-
-
-def matching(metrics: Metrics, patterns: Iterable[str]) -> Iterator[tuple[str, float | None]]:
-    """Yield the metrics whose names match, in the order of the patterns."""
-    for pattern in patterns:
-        yield from ((n, value) for n, value in metrics.items() if fnmatchcase(n, pattern))
 
 
 def _progress(state: State, width: int, now: float) -> Text:
@@ -278,7 +217,7 @@ def _reward_rows(state: State, room: int) -> list[_Row]:
     """Return the rows of the rewards and completions; of many functions the first."""
     above, below = list(_rows(state, _REWARD)), list(_rows(state, _COMPLETIONS))
     names = [name for name, _ in matching(state.recent[-1], ["rewards/*/mean"])]
-    each = list(_rows(state, {name: (f" {_short(name)}", _brief) for name in names}))
+    each = list(_rows(state, {name: (f" {short_name(name)}", _brief) for name in names}))
     spare = max(room - len(above) - len(below), 1)
     if len(each) > spare:
         each = [*each[: spare - 1], _Row(f" and {len(each) - spare + 1} more", "", lambda _: "")]
@@ -309,23 +248,18 @@ def _evaluation(state: State) -> Text:
     before = state.evaluations[0][1] if len(state.evaluations) > 1 else {}
     line = Text(f"evaluation at step {step}", style="bold")
     for name, value in matching(metrics, EVALUATED):
-        line.append(f"  {_short(name)} {number(value)}", "not bold")
+        line.append(f"  {short_name(name)} {number(value)}", "not bold")
         was = before.get(name)
         if value is not None and was is not None:
             line.append(f" ({value - was:+.2g})", "not bold dim")
     return line
 
 
-def _short(name: str) -> str:
-    """Return the name of a metric without what its place says."""
-    return name.removeprefix("rewards/").removesuffix("/mean").removeprefix("completions/")
-
-
 def _sample(sample: Sample, console: Console, room: int) -> list[Text]:
     """Return a rule, the end of the prompt, the completion or its both ends, and its rewards."""
     width = console.size.width
     title = f"─ a completion of step {sample.step} "
-    scores = [f"{_short(name)} {number(value)}" for name, value in sample.rewards.items()]
+    scores = [f"{short_name(name)} {number(value)}" for name, value in sample.rewards.items()]
     if sample.advantage is not None:
         scores.append(f"advantage {sample.advantage:+.3g}")
     if room < 4:

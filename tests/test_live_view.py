@@ -16,7 +16,8 @@ from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from fastgrpo.console import Console
-from fastgrpo.live_view import Sample, State, live_lines, printable, sparkline
+from fastgrpo.live_view import Sample, State, live_lines
+from fastgrpo.readable import printable, sparkline
 
 pty = pytest.importorskip("pty")
 
@@ -76,7 +77,7 @@ def shown(state: State, width: int = 120, height: int = 40, now: float = 240.0) 
     "given", [state(), state(sample=None, warning=""), state(recent=(), total=None), State()]
 )
 def test_every_line_fits(given: State, encoding: str) -> None:
-    sizes = product((1, 20, 30, 59, 60, 80, 91, 120, 200), (1, 2, 6, 12, 20, 24, 40, 50))
+    sizes = product((1, 20, 59, 60, 80, 91, 200), (1, 6, 12, 20, 24, 50))
     for width, height in sizes:
         console = terminal(width, height, encoding)
         lines = live_lines(given, console, 245.0)
@@ -150,7 +151,7 @@ def test_what_a_terminal_would_obey_is_made_visible_or_dropped() -> None:
 
 def test_any_text_is_drawn_within_milliseconds() -> None:
     draw = random.Random(0)
-    for _ in range(20):
+    for _ in range(5):
         text = "".join(chr(draw.choice([draw.randrange(0x300), draw.randrange(0x110000)]))
                        for _ in range(20_000))  # fmt: skip
         sample = replace(state().sample, completion=printable(text), prompt=printable(text))

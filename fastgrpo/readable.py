@@ -1,0 +1,76 @@
+"""Numbers, names and other people's texts as a person can read them in a terminal."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+Metrics = Mapping[str, float | None]
+
+KEPT = 3000
+"""Characters kept of either end of a text: more than a terminal shows."""
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def printable(text: str) -> str:
+    """Return a text without what a terminal would obey, or is wider in some than in others.
+
+    Control and unassigned characters and lone surrogates become U+FFFD. Joiners, directions and
+    other invisible formats, variation selectors and skin tones are dropped, and so are combining
+    marks after the second on a character. Of a long text both ends are kept.
+    """
+    if len(text) > 2 * KEPT:
+        text = f"{text[:KEPT]}\n…\n{text[-KEPT:]}"
+    shown: list[str] = []
+    marks = 0
+    for character in text.replace("\r\n", "\n").replace("\t", "    "):
+        category = unicodedata.category(character)
+        marks = marks + 1 if category in ("Mn", "Me") else 0
+        if character == "\n" or category in ("Zl", "Zp"):
+            shown.append("\n")
+        elif marks > 2 or category == "Cf" or character in _VARIANTS:
+            continue
+        elif category[0] == "C":
+            shown.append("\ufffd")
+        else:
+            shown.append(" " if category == "Zs" else character)
+    return "".join(shown)
+
+
+_VARIANTS = frozenset(map(chr, [*range(0xFE00, 0xFE10), *range(0x1F3FB, 0x1F400)]))
+
+
+def number(value: float | None) -> str:
+    """Return three significant digits, or all digits of the whole part of a large number."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """Return the course of numbers between their extremes, each character the mean of some."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    count = min(width, len(known))
+    if count < 2:
+        return ""
+    edges = [i * len(known) // count for i in range(count + 1)]
+    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    rounding = 1e-9 * max(abs(low), abs(high))  # of the means of equal numbers
+    scale = (len(SPARKS) - 1) / (high - low) if high - low > rounding else 0.0
+    return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
+
+
+def matching(metrics: Metrics, patterns: Iterable[str]) -> Iterator[tuple[str, float | None]]:
+    """Yield the metrics whose names match, in the order of the patterns."""
+    for pattern in patterns:
+        yield from ((n, value) for n, value in metrics.items() if fnmatchcase(n, pattern))
+
+
+def short_name(name: str) -> str:
+    """Return the name of a metric without what its place says."""
+    return name.removeprefix("rewards/").removesuffix("/mean").removeprefix("completions/")
