@@ -1,6 +1,7 @@
 """Steps as CUDA graphs against the same steps run eagerly, and what is left of them."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastgrpo.rollout.static import StaticCacheRollout
 SAMPLING = SamplingParams(max_completion_length=40, temperature=0.9)
 
 
-def generate(model, cuda_graph, sampling=SAMPLING, eos=(), **options):
+def generate(model, cuda_graph, sampling=SAMPLING, eos=(), max_lengths=None, **options):
     messages = []
     rollout = StaticCacheRollout(
         model, eos_token_ids=eos, pad_token_id=PAD, cuda_graph=cuda_graph,
@@ -21,7 +22,7 @@ def generate(model, cuda_graph, sampling=SAMPLING, eos=(), **options):
     )  # fmt: skip
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(3)
-    return rollout.generate(PROMPTS, 4, sampling, generator), messages
+    return rollout.generate(PROMPTS, 4, sampling, generator, max_lengths=max_lengths), messages
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def replays(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_p": 0.9, "top_k": 7}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0}, {"top_p": 0.9, "top_k": 7}, {"min_p": 0.05}]
+)
 @pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3Config, Gemma3TextConfig])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_replayed_steps_sample_what_eager_steps_sample(replays, config_class, options, bf16):
@@ -52,6 +55,20 @@ def test_replayed_steps_sample_what_eager_steps_sample(replays, config_class, op
     for name in ("ids", "mask", "finished"):
         assert torch.equal(getattr(graphed, name), getattr(eager, name)), name
     torch.testing.assert_close(graphed.logps, eager.logps, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+def test_replayed_steps_stop_at_further_tokens_and_at_the_length_of_each(replays):
+    model = tiny().cuda()
+    free, _ = generate(model, False)
+    stop = tuple(free.ids[:4, 12].tolist())
+    sampling, lengths = replace(SAMPLING, stop_token_ids=stop), [40, 9, 33, 25]
+    eager, _ = generate(model, False, sampling, max_lengths=lengths)
+    graphed, _ = generate(model, True, sampling, max_lengths=lengths)
+    assert len(replays) >= 10
+    assert 0 < eager.finished.sum() < 16
+    for name in ("ids", "mask", "finished"):
+        assert torch.equal(getattr(graphed, name), getattr(eager, name)), name
 
 
 @pytest.mark.gpu

@@ -67,14 +67,18 @@ class Spy(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.9, "top_k": 7}])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {}, {"top_p": 0.9, "top_k": 7}, {"min_p": 0.1, "stop_token_ids": (7, 8)}],
+)
 @pytest.mark.parametrize("config_class", [Qwen3Config, Gemma3TextConfig])
 @torch.no_grad()
 def test_a_step_waits_for_nothing_and_writes_in_place(config_class, options):
     model = tiny(config_class, sliding_window=4)
     static = StaticCacheRollout(model, **NO_EOS)._model
     sampling = SamplingParams(max_completion_length=6, **options)
-    decoder = Decoder(static, static.prefill(PROMPTS), 2, sampling, uniforms(8, 6))
+    prompts = static.prefill(PROMPTS)
+    decoder = Decoder(static, prompts, 2, sampling, uniforms(8, 6), max_lengths=[2, 3, 6, 6])
 
     def addresses():
         state = vars(decoder) | vars(decoder.rows)

@@ -1,7 +1,16 @@
 """Drawing by inversion against the plain inversion of one cumulative sum in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.sampling import _blocks, draw, sample
@@ -118,6 +127,61 @@ def test_candidates_are_drawn_with_their_own_shares(top_p, top_k):
     assert edge_B1.sum() < 5
     assert torch.equal(token_B1[~edge_B1], order_K[rank_B1][~edge_B1])
     torch.testing.assert_close(logp_B1, logps_V[token_B1].float(), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize(
+    "min_p, top_p, top_k",
+    [(0.05, 1.0, 0), (0.3, 1.0, 0), (1.0, 1.0, 0), (0.05, 0.9, 0), (0.2, 0.9, 12), (0.02, 0.5, 9)],
+)
+def test_min_p_comes_last_and_is_what_transformers_takes_it_for(min_p, top_p, top_k, temperature):
+    V, B = 257, 2000
+    logits_V = normal(V, scale=2.0, seed=1)
+    sampling = SamplingParams(
+        max_completion_length=1, temperature=temperature, min_p=min_p, top_p=top_p, top_k=top_k
+    )
+    uniform_B1 = uniforms(B, 1, seed=2)
+    token_B1, logp_B1 = sample(logits_V.repeat(B, 1), sampling, uniform_B1)
+
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)]
+    scores_1V = LogitsProcessorList(warpers)(None, logits_V[None])
+    # Candidates that were sorted are drawn in their order, else in that of the vocabulary.
+    sort = bool(top_k) or top_p < 1
+    probs_V = scores_1V[0].double().softmax(-1)
+    order_V = probs_V.argsort(descending=True) if sort else torch.arange(V)
+    cumulative_V = probs_V[order_V].cumsum(0)
+    rank_B1 = torch.searchsorted(cumulative_V, uniform_B1, right=True)
+    edge_B1 = (cumulative_V - uniform_B1).abs().amin(-1, keepdim=True) < 1e-6
+    edge_B1 &= rank_B1 < (probs_V > 0).sum() - 1 if sort else True
+    assert edge_B1.sum() < 5
+    assert torch.equal(token_B1[~edge_B1], order_V[rank_B1][~edge_B1])
+    expected_V = (logits_V.double() / temperature).log_softmax(-1).float()
+    torch.testing.assert_close(logp_B1, expected_V[token_B1], atol=2e-6, rtol=0)
+
+
+def test_no_min_p_draws_as_before_and_one_draws_the_likeliest():
+    logits_BV, uniform_B1 = normal(50, 300, scale=2.0, seed=4), uniforms(50, 1)
+    plain = sample(logits_BV.clone(), ONE, uniform_B1)
+    zero = sample(logits_BV.clone(), replace(ONE, min_p=0.0), uniform_B1)
+    assert torch.equal(torch.cat(plain), torch.cat(zero))
+    for others in ({}, {"top_p": 0.9}):
+        token_B1, _ = sample(logits_BV.clone(), replace(ONE, min_p=1.0, **others), uniform_B1)
+        assert torch.equal(token_B1, logits_BV.argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "option, value, match",
+    [
+        ("min_p", 1.5, r"min_p must be in \[0, 1\], or None for no bound, got 1.5"),
+        ("min_p", -0.1, "got -0.1"),
+        ("stop_token_ids", (3, -1), r"stop_token_ids must be token ids, got \(3, -1\)"),
+    ],
+)
+def test_impossible_parameters_are_refused(option, value, match):
+    with pytest.raises(ValueError, match=match):
+        replace(ONE, **{option: value})
 
 
 def test_greedy_needs_no_random_numbers():

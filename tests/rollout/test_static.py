@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tiny_models import (
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -75,6 +77,56 @@ def test_a_completion_ends_with_its_first_eos(family, pad_is_eos):
     assert (result.ids[~result.mask] == pad).all()
     assert (result.logps[~result.mask] == 0).all()
     assert (result.logps[result.mask] < 0).all()
+
+
+def test_further_tokens_end_a_completion_too():
+    model = tiny()
+    free = [generate_greedily(model, prompt, 10) for prompt in PROMPTS]
+    eos, stop = free[0][3], free[1][5]
+    rollout = StaticCacheRollout(model, eos_token_ids=[eos], pad_token_id=PAD)
+    result = rollout.generate(PROMPTS, 1, replace(greedy(10), stop_token_ids=(stop, 299)))
+    expected = [generate_greedily(model, prompt, 10, [eos, stop, 299]) for prompt in PROMPTS]
+    ended = [bool({eos, stop, 299} & set(ids)) for ids in free]
+    assert [
+        ids[: len(found)] for ids, found in zip(expected, result.token_lists(), strict=True)
+    ] == result.token_lists()
+    assert result.finished.tolist() == ended
+    assert True in ended and False in ended
+    assert result.token_lists()[1][-1] == stop
+    # The next call knows nothing of it.
+    again = rollout.generate(PROMPTS, 1, greedy(10))
+    assert again.token_lists()[1] == generate_greedily(model, PROMPTS[1], 10, [eos])
+
+
+@pytest.mark.parametrize("max_batch", [None, 4, 1])
+def test_prompts_may_have_lengths_of_their_own(max_batch):
+    """Also where another's would need positions that the model has not: GPT-2 has a table."""
+    model = tiny(GPT2Config, max_position_embeddings=24)
+    sampling, lengths = SamplingParams(max_completion_length=20, temperature=0.9), [20, 17, 3, 1]
+    rollout = StaticCacheRollout(model, **NO_EOS, max_batch=max_batch)
+
+    def sample(limits):
+        generator = torch.Generator().manual_seed(0)
+        return rollout.generate(PROMPTS, 2, sampling, generator, max_lengths=limits)
+
+    cut = sample(lengths)
+    assert cut.mask.sum(1).tolist() == [20, 20, 17, 17, 3, 3, 1, 1]
+    assert not cut.finished.any()
+    with pytest.raises(ValueError, match=r"7 tokens.* 20 .* 24: shorten"):
+        sample(None)
+    roomy = tiny(GPT2Config, max_position_embeddings=24)
+    table = torch.nn.Embedding(64, 32)
+    table.weight.data[:24] = roomy.transformer.wpe.weight.data
+    roomy.transformer.wpe, roomy.config.max_position_embeddings = table, 64
+    rollout = StaticCacheRollout(roomy, **NO_EOS)
+    free = sample(None)
+    assert cut.token_lists() == [ids[: lengths[i // 2]] for i, ids in enumerate(free.token_lists())]
+    # A completion that reaches its length with an end is finished.
+    ends = [free.ids[0, 19].item(), free.ids[2, 16].item()]
+    rollout = StaticCacheRollout(roomy, eos_token_ids=ends, pad_token_id=PAD)
+    result = sample(lengths)
+    assert result.finished.tolist() == [ids[-1] in ends for ids in result.token_lists()]
+    assert result.finished[[0, 2]].all()
 
 
 def test_decoding_stops_when_all_have_ended():
@@ -285,6 +337,10 @@ def test_bad_requests_name_the_value_and_the_remedy():
         rollout.generate([[1], [2], []], 1, greedy(4))
     with pytest.raises(ValueError, match="num_generations must be at least 1, got 0"):
         rollout.generate(PROMPTS, 0, greedy(4))
+    with pytest.raises(ValueError, match="max_lengths has 1 entries for 4 prompts"):
+        rollout.generate(PROMPTS, 1, greedy(4), max_lengths=[4])
+    with pytest.raises(ValueError, match=r"from 1 to max_completion_length 4: \[4, 0, 5, 1\]"):
+        rollout.generate(PROMPTS, 1, greedy(4), max_lengths=[4, 0, 5, 1])
     with pytest.raises(ValueError, match=r"7 tokens.* 58 .* 64: shorten the prompt or max_comp"):
         rollout.generate(PROMPTS, 1, greedy(58))
     assert rollout.generate(PROMPTS, 1, greedy(57)).ids.shape == (4, 57)

@@ -88,6 +88,7 @@ def generate(engine, *, num_generations=3, seed=0, **sampling):
         {"temperature": 1.7, "top_p": 0.7, "top_k": 9},
         {"top_p": 0.5},
         {"temperature": 0},
+        {"temperature": 0.6, "min_p": 0.1},
     ],
 )
 def test_logps_are_the_policys_over_the_whole_vocabulary(engine, policy, sampling):
@@ -121,6 +122,38 @@ def test_sampling_follows_the_distribution(engine, policy):
     assert counts.sum() == draws
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     assert chi_square < 7 + 4 * (2 * 7) ** 0.5
+
+
+@pytest.mark.vllm
+def test_min_p_keeps_the_likely(engine, policy):
+    draws, min_p = 3000, 0.3
+    sampling = SamplingParams(max_completion_length=1, temperature=1.5, min_p=min_p)
+    result = engine.generate([PROMPTS[0]], draws, sampling, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = policy(torch.tensor([PROMPTS[0]], device=DEVICE)).logits[0, -1].float() / 1.5
+    probs = logits.softmax(-1).double().cpu()
+    kept = probs >= min_p * probs.max()
+    assert 2 < kept.sum() < 50
+    expected = probs[kept] / probs[kept].sum() * draws
+    counts = torch.bincount(result.ids[:, 0].cpu(), minlength=len(probs))[kept]
+    assert counts.sum() == draws
+    chi_square, freedom = ((counts - expected) ** 2 / expected).sum().item(), len(counts) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.vllm
+def test_further_tokens_end_and_prompts_have_lengths_of_their_own(engine, policy):
+    free = generate(engine, temperature=0, max_completion_length=12)
+    stop, lengths = free.ids[0, 3].item(), [12, 7, 2]
+    sampling = SamplingParams(max_completion_length=12, temperature=0, stop_token_ids=(stop,))
+    result = engine.generate(PROMPTS, 3, sampling, max_lengths=lengths)
+    for i, ids in enumerate(free.ids.tolist()):
+        length = min(lengths[i // 3], ids.index(stop) + 1 if stop in ids else 12)
+        assert result.token_lists()[i] == ids[:length]
+        assert result.finished[i].item() == (ids[length - 1] == stop)
+    assert result.finished[0]
+    fits = [1, 1, 256 - 3]
+    assert engine.generate(PROMPTS, 1, SamplingParams(max_completion_length=253), max_lengths=fits)
 
 
 @pytest.mark.vllm
