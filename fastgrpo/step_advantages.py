@@ -51,6 +51,7 @@ def merge_steps(
         weights_K: (K,) the weight of every reward function.
         steps: those of the functions that return steps, by their place among the K: B lists each,
             empty where the function does not judge. Their columns of `rewards_BK` are not used.
+            Their rewards are rounded to its type, so that 0.1 + 0.2 is 0.3 here as well.
         lengths: B, tokens of each completion.
 
     Returns:
@@ -77,7 +78,8 @@ def merge_steps(
             for reward, length in zip(rewards, lengths, strict=True)
         ]
         for to, own in zip(merged, steps.get(k, outcomes), strict=True):
-            to += [(end, weight * reward) for end, reward in own]
+            rounded = torch.tensor([reward for _, reward in own], dtype=rewards_BK.dtype).tolist()
+            to += [(end, weight * x) for (end, _), x in zip(own, rounded, strict=True)]
     return merged
 
 
@@ -149,7 +151,7 @@ def step_advantages(
         spread(table_M6[:, column], torch.full((B,), elsewhere, dtype=torch.float64))
         for column, elsewhere in ((3, torch.nan), (4, 0.0), (5, 1.0))
     )
-    # Reward functions are read in fp32, steps are not: a sum may have both.
+    # The type in which reward functions are read.
     eps = torch.finfo(torch.float32).eps
     compared = compare(
         reward_BS.view(P, num_generations, S),
