@@ -77,7 +77,7 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
             "importance_sampling_level='sequence' is not defined for loss_type='gmpo'",
         ),
         ({"scale_rewards": "groups"}, "must be one of group, batch, none, got 'groups'"),
-        ({"reward_funcs": "accuracy"}, "reward_funcs: must be a list, got 'accuracy'"),
+        ({"reward_funcs": 1}, "reward_funcs: must be a list, got 1"),
         (
             {"task": "arithmetic"},
             "model_name_or_path: task makes its own model and dataset; leave it out",

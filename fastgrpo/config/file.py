@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from fastgrpo_kernels import GRPOLossConfig
 
 from .checks import ConfigError
 from .train import LOSS_KEYS, TrainConfig
+from .trl import translate
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -40,10 +42,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
-    keys = [key.value for key, _ in yaml.compose(text).value] if values else []
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"{path}: {key}: is given {keys.count(key)} times")
+    counts = Counter(key.value for key, _ in yaml.compose(text).value) if values else Counter()
+    problems = [f"{key}: is given {n} times" for key, n in counts.items() if n > 1]
     over: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -53,22 +53,29 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
             over[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {value!r} cannot be read as YAML: {error}") from None
+    # What is overridden may be wrong, or another name of what it is overridden with.
+    first, of_file = translate({k: v for k, v in values.items() if k not in over}, values | over)
+    second, of_overrides = translate(over, values | over)
     try:
-        return config_from(_without_epsilon(values) | _without_epsilon(over))
+        return _build(first | second, [*problems, *of_file, *of_overrides])
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from None
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """Build a configuration from flat keys and values.
+    """Build a configuration from flat keys and values, ours or TRL's.
 
     Raises:
         ConfigError: unknown keys (with the nearest name) and wrong values, all together.
     """
+    return _build(*translate(values))
+
+
+def _build(values: Mapping[str, Any], refused: Sequence[str]) -> TrainConfig:
+    """Build a configuration, unless something was refused before: then say all that is wrong."""
     own = typing.get_type_hints(TrainConfig)
     del own["loss"]
     loss = {k: v for k, v in typing.get_type_hints(GRPOLossConfig).items() if k in LOSS_KEYS}
-    values = _without_epsilon(values)
     problems: list[str] = []
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -83,26 +90,18 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
         except ConfigError as error:
             problems.append(f"{key}: {error}")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join([*refused, *problems]))
     try:
         loss_config = GRPOLossConfig(
             **{key: arguments.pop(key) for key in loss if key in arguments},
             max_completion_length=arguments.get("max_completion_length", 1),
         )
+        config = TrainConfig(**arguments, loss=loss_config)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return TrainConfig(**arguments, loss=loss_config)
-
-
-def _without_epsilon(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Write TRL's `epsilon` as epsilon_low, and as epsilon_high where that is not given."""
-    values = dict(values)
-    if "epsilon" in values:
-        if "epsilon_low" in values:
-            raise ConfigError("epsilon: is TRL's name of epsilon_low, which is given too")
-        values["epsilon_low"] = values.pop("epsilon")
-        values.setdefault("epsilon_high", values["epsilon_low"])
-    return values
+        raise ConfigError("\n".join([*refused, str(error)])) from None
+    if refused:
+        raise ConfigError("\n".join(refused))
+    return config
 
 
 def _convert(value: Any, hint: Any) -> Any:
