@@ -83,14 +83,14 @@ def _draw(axes: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], c
     axes.plot(steps, values, ".-", color=colour, alpha=0.3, lw=1, ms=3, label="each step")
     reach = len(steps) // 24
     label = f"mean of {2 * reach + 1} steps"
-    axes.plot(steps, _running_mean(values, reach), color=colour, lw=2, label=label)
+    axes.plot(steps, running_mean(values, reach), color=colour, lw=2, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(color="0.9", lw=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8)
 
 
-def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
     """Return the mean of what is there among a value and `reach` on either side, else NaN."""
     there = ~np.isnan(values)
     totals = np.concatenate([[0.0], np.cumsum(np.where(there, values, 0.0))])

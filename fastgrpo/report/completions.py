@@ -1,0 +1,106 @@
+"""The completions a reader of the page can look at: as many as fit, spread over the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .files import Line, number
+
+MOST_CHARACTERS = 12_000
+"""Of one text; of a longer one the beginning and the end are shown."""
+MOST_BYTES = 1_800_000
+"""Of all completions on the page."""
+
+
+def browsable(lines: Sequence[Line]) -> dict[str, Any]:
+    """Return prompts and completions as the page's script reads them, and what was left out.
+
+    A prompt is there once, whichever number of completions it has.
+    """
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        steps.setdefault(line["step"], []).append(_entry(line))
+    chosen = _spread({step: _size(found) for step, found in steps.items()})
+    entries = [entry for step in chosen for entry in steps[step]]
+    prompts: dict[str, int] = {}
+    for entry in entries:
+        entry["prompt"] = prompts.setdefault(json.dumps(entry["prompt"]), len(prompts))
+    return {
+        "prompts": [json.loads(prompt) for prompt in prompts],
+        "completions": entries,
+        "steps": chosen,
+        "num_steps": len(steps),
+        "num_completions": len(lines),
+        "rewards": list(dict.fromkeys(name for entry in entries for name in entry["rewards"])),
+    }
+
+
+def _size(entries: Sequence[dict[str, Any]]) -> int:
+    prompts = {json.dumps(entry["prompt"]) for entry in entries}
+    return sum(map(len, prompts)) + sum(len(json.dumps(e | {"prompt": 0})) for e in entries)
+
+
+def _spread(size: dict[int, int]) -> list[int]:
+    """Return the first, the last and evenly spread steps between them whose sizes fit."""
+    steps = sorted(size)
+    stride = 1
+    while True:
+        chosen = steps[::stride]
+        if steps and chosen[-1] != steps[-1]:
+            chosen.append(steps[-1])
+        if sum(size[step] for step in chosen) <= MOST_BYTES or stride >= len(steps):
+            return chosen
+        stride += 1
+
+
+def _entry(line: Line) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "step": line["step"],
+        "prompt": _turns(line.get("prompt")),
+        "completion": _turns(line.get("completion")),
+        "rewards": {
+            name: value if number(value) else None
+            for name, value in (line.get("rewards") or {}).items()
+        },
+    }
+    advantage = line.get("advantage")
+    if isinstance(advantage, list):
+        entry["advantage"] = sum(value for value in advantage if number(value))
+        entry["per_token"] = len(advantage)
+    elif number(advantage):
+        entry["advantage"] = advantage
+    if number(line.get("num_tokens")):
+        entry["num_tokens"] = line["num_tokens"]
+    if isinstance(line.get("finished"), bool):
+        entry["finished"] = line["finished"]
+    if line.get("extra"):
+        entry["extra"] = {name: _text(value) for name, value in line["extra"].items()}
+    return entry
+
+
+def _turns(value: Any) -> list[dict[str, str]]:
+    """Return a text, or chat messages, as turns: who speaks ("" in a text), and what."""
+    if not isinstance(value, list):
+        return [{"role": "", "text": _text(value)}]
+    turns: list[dict[str, str]] = []
+    for message in value:
+        if not isinstance(message, dict):
+            turns.append({"role": "", "text": _text(message)})
+            continue
+        rest = {k: v for k, v in message.items() if k not in ("role", "content") and v}
+        text = _text(message.get("content") or "")
+        if rest:  # the calls of tools, for example
+            text += ("\n" if text else "") + _text(rest)
+        turns.append({"role": str(message.get("role", "")), "text": text})
+    return turns
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    left_out = len(text) - 2 * half
+    return f"{text[:half]}\n[… {left_out:,} characters left out here …]\n{text[-half:]}"
