@@ -62,9 +62,9 @@ def load_assets(config: TrainConfig) -> Assets:
     )
     train_dataset = load_split(split=config.dataset_train_split)
     test_dataset = None
-    if config.dataset_test_split is not None:
-        test_dataset = _measured(load_split(split=config.dataset_test_split), config)
-    tokenizer = load_tokenizer(str(config.model_name_or_path))
+    if config.test_split is not None:
+        test_dataset = _measured(load_split(split=config.test_split), config)
+    tokenizer = load_tokenizer(config)
     return Assets(
         model=load_model(config),
         tokenizer=tokenizer,

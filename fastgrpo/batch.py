@@ -46,6 +46,13 @@ class Batch:
         return sum(bool(part.any()) for part in self.mask.split(self.lengths))
 
     @property
+    def sequence_advantages(self) -> Tensor:
+        """(B,) mean advantage of the counted tokens of each sequence, 0 if there are none."""
+        parts = zip(self.advantages.split(self.lengths), self.mask.split(self.lengths), strict=True)
+        means = [part.sum() / mask.sum().clamp(min=1) for part, mask in parts]
+        return torch.stack(means).to(self.input_ids.device, non_blocking=True)
+
+    @property
     def starts(self) -> list[int]:
         """Where each sequence begins."""
         return [0, *accumulate(self.lengths)][:-1]
@@ -112,27 +119,46 @@ def make_batch(
     prompt_ids: Sequence[Sequence[int]],  # B
     completion_ids: Sequence[Sequence[int]],  # B
     logps: Sequence[Tensor],  # B, each (length of the completion,)
-    advantages: Tensor,  # (B,)
+    advantages: Tensor | Sequence[Tensor],  # (B,), or B, each (length of the completion,)
+    counted: Sequence[Sequence[bool] | None] | None = None,  # B, each (length of the completion,)
 ) -> Batch:
-    """Put each completion behind its prompt, and the sequences behind each other."""
+    """Put each completion behind its prompt, and the sequences behind each other.
+
+    Args:
+        prompt_ids: B prompts.
+        completion_ids: their completions.
+        logps: log-probs of the completions' tokens, as the sampler saw them.
+        advantages: of each completion, or of each of their tokens.
+        counted: which tokens of a completion count, tool output for example does not; None: all.
+    """
     device = logps[0].device
     both = list(zip(prompt_ids, completion_ids, strict=True))
     lengths = [len(prompt) + len(completion) for prompt, completion in both]
+    completion_lengths = torch.tensor([len(completion) for completion in completion_ids])
     mask_N = torch.zeros(sum(lengths), dtype=torch.bool)
     begin = 0
     for prompt, completion in both:
         first = begin + len(prompt) - 1
         mask_N[first : first + len(completion)] = True
         begin += len(prompt) + len(completion)
-    advantages_N = advantages.cpu().float().repeat_interleave(torch.tensor(lengths))
-    where = mask_N.nonzero()[:, 0].to(device, non_blocking=True)
+    where = mask_N.nonzero()[:, 0]
+    if isinstance(advantages, Tensor):
+        advantages = advantages.cpu().repeat_interleave(completion_lengths)
+    else:
+        advantages = torch.cat(list(advantages)).cpu()
+    for i, tokens in enumerate(counted or ()):
+        if tokens is not None:
+            end = int(completion_lengths[: i + 1].sum())
+            mask_N[where[end - len(tokens) : end]] = torch.tensor(tokens, dtype=torch.bool)
+    advantages_N = torch.zeros(len(mask_N)).index_copy(0, where, advantages.float())
+    there = where.to(device, non_blocking=True)
     logps_N = torch.zeros(len(mask_N), device=device)
     ids = [token for pair in both for part in pair for token in part]
     return Batch(
         input_ids=torch.tensor(ids, device=device),
         mask=mask_N,
         advantages=torch.where(mask_N, advantages_N, 0),
-        sampling_logps=logps_N.index_copy(0, where, torch.cat(list(logps)).float()),
+        sampling_logps=logps_N.index_copy(0, there, torch.cat(list(logps)).float()),
         lengths=lengths,
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -159,7 +159,11 @@ def _is_prompt(prompt: Any) -> bool:
 
 
 def encode_prompt(
-    prompt: str | list[dict[str, Any]], tokenizer: Any, *, system_prompt: str | None = None
+    prompt: str | list[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of a prompt, up to where the completion starts.
 
@@ -168,6 +172,7 @@ def encode_prompt(
         tokenizer: a transformers tokenizer.
         system_prompt: put in front as a system message (a string then becomes the user message),
             unless the messages start with one of their own.
+        chat_template_kwargs: arguments of the chat template.
 
     Raises:
         ValueError: the chat template is needed and missing, or there is no token at all.
@@ -188,7 +193,11 @@ def encode_prompt(
         )
     else:
         ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **(chat_template_kwargs or {}),
         )["input_ids"]
     if not ids:
         raise ValueError(
@@ -199,9 +208,8 @@ def encode_prompt(
 
 def check_prompts(
     dataset: Dataset,
-    tokenizer: Any,
+    encode: Callable[[Any], list[int]],
     *,
-    system_prompt: str | None,
     max_completion_length: int,
     limits: Mapping[str, int],
 ) -> None:
@@ -209,8 +217,7 @@ def check_prompts(
 
     Args:
         dataset: has a column `prompt`.
-        tokenizer: encodes them.
-        system_prompt: put before every prompt.
+        encode: returns the token ids of a prompt.
         max_completion_length: tokens that a completion may have.
         limits: tokens of prompt and completion together, by what has room for so many.
 
@@ -219,7 +226,7 @@ def check_prompts(
     """
     limit = min(limits, key=lambda name: limits[name])
     for row, prompt in enumerate(dataset["prompt"]):
-        length = len(encode_prompt(prompt, tokenizer, system_prompt=system_prompt))
+        length = len(encode(prompt))
         if length + max_completion_length > limits[limit]:
             raise ValueError(
                 f"max_completion_length: the prompt of row {row} has {length} tokens, which with "

@@ -5,7 +5,7 @@ B completions, those of a prompt (its group) next to each other; K reward functi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +15,13 @@ from torch import Tensor
 from .advantages import Advantages, group_advantages
 from .batch import Batch, make_batch
 from .config import TrainConfig
-from .data import PromptSampler, encode_prompt
-from .metrics import rollout_metrics, timed
-from .model import Policy
-from .rewards import Completion, Reward, decode_completions, score
-from .rollout import Rollout, SamplingParams
+from .data import PromptSampler
+from .metrics import advantage_metrics, completion_metrics, reward_metrics, timed
+from .samples import Sample, Sampler
+from .step_advantages import merge_steps, step_advantages
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A completion and what is known of it before training."""
-
-    prompt: Any
-    prompt_ids: list[int]
-    text: Completion
-    completion_ids: list[int]
-    logps: Tensor  # (length of the completion,) fp32, on the model's device
-    finished: bool
-    rewards_K: Tensor  # NaN where a function did not judge
 
 
 @dataclass(frozen=True)
@@ -43,33 +29,24 @@ class Experience:
     """What some optimisation steps are made from."""
 
     batch: Batch
-    samples: list[Sample]  # B
-    advantages: Tensor  # (B,)
+    samples: list[Sample]
+    """All that were sampled, what dynamic sampling left out included."""
+    advantages: list[Tensor]
+    """Of each of the samples: one value, or one of each token."""
     metrics: dict[str, float]
-    num_tokens: int  # sampled and read, what was thrown away included
+    problems: list[str]
+    """What went wrong in reward functions."""
+    num_tokens: int
+    """Sampled and read, what was thrown away included."""
 
 
 class Collector:
     """Turns the next prompts of a dataset into experience of the policy as it is."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        policy: Policy,
-        rollout: Rollout,
-        rewards: Sequence[Reward],
-        dataset: Dataset,
-    ) -> None:
-        self.config, self.policy, self.rollout, self.rewards = config, policy, rollout, rewards
-        self.dataset = dataset
-        self.prompts = PromptSampler(len(dataset), config.seed)
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
-        self.sampling = SamplingParams(
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-        )
+    def __init__(self, config: TrainConfig, sampler: Sampler, dataset: Dataset) -> None:
+        self.config, self.sampler, self.dataset = config, sampler, dataset
+        self.prompts = PromptSampler(len(dataset), config.seed, config.shuffle_dataset)
+        self.generator = torch.Generator(sampler.policy.device).manual_seed(config.seed)
 
     def collect(self, num_prompts: int, times: dict[str, float]) -> Experience:
         """Sample completions of the next prompts, score them and compare them in their groups.
@@ -78,80 +55,69 @@ class Collector:
         make place for further prompts, `max_resample_rounds` times at most. The metrics are of all
         that was sampled: those of what is kept would flatter the policy.
         """
-        config = self.config
-        self.rollout.update_weights(self.policy.model)
-        samples = everything = self._sample(num_prompts, times)
+        config, judges = self.config, self.sampler.judges
         metrics: dict[str, float] = {}
+        problems: list[str] = []
+
+        def sample(count: int) -> list[Sample]:
+            rows = self.dataset[self.prompts.take(count)]
+            samples, scores = self.sampler.sample(
+                rows, config.num_generations, self.generator, times=times
+            )
+            metrics.update(scores.metrics)
+            problems.extend(scores.problems)
+            return samples
+
+        self.sampler.rollout.update_weights(self.sampler.policy.model)
+        samples = everything = sample(num_prompts)
         if config.dynamic_sampling:
-            samples, everything, rounds = self._resample(samples, times)
+            samples, everything, rounds = self._resample(samples, sample)
             metrics["dynamic_sampling/rounds"] = rounds
             metrics["dynamic_sampling/num_prompts"] = len(everything) // config.num_generations
-        self.rollout.sleep()
+        self.sampler.rollout.sleep()
         with timed(times, "reward"):
             advantages = self._compare(samples)
             whole = advantages if everything is samples else self._compare(everything)
-        metrics |= rollout_metrics(
-            [reward.name for reward in self.rewards],
-            torch.stack([sample.rewards_K for sample in everything]),
-            whole,
-            lengths=[len(sample.completion_ids) for sample in everything],
-            finished=[sample.finished for sample in everything],
+        rewards_BK = torch.stack([one.rewards_K for one in everything])
+        metrics |= reward_metrics(judges.names, judges.weights, rewards_BK)
+        metrics |= advantage_metrics(whole)
+        metrics |= completion_metrics(
+            [one.num_counted for one in everything],
+            [one.drawn.finished for one in everything],
         )
         if config.dynamic_sampling:
             metrics["dynamic_sampling/frac_without_signal"] = (
                 advantages.zero_std.float().mean().item()
             )
-        batch = make_batch(
-            [sample.prompt_ids for sample in samples],
-            [sample.completion_ids for sample in samples],
-            [sample.logps for sample in samples],
-            advantages.advantages,
+        return Experience(
+            self._batch(samples, advantages),
+            everything,
+            _of_each(everything, whole),
+            metrics,
+            problems,
+            sum(len(x.drawn.prompt_ids) + len(x.drawn.completion_ids) for x in everything),
         )
-        num_tokens = sum(len(x.prompt_ids) + len(x.completion_ids) for x in everything)
-        return Experience(batch, samples, advantages.advantages, metrics, num_tokens)
 
-    def _sample(self, num_prompts: int, times: dict[str, float]) -> list[Sample]:
-        config, tokenizer = self.config, self.policy.tokenizer
-        rows = self.dataset[self.prompts.take(num_prompts)]
-        columns = {
-            name: [value for value in values for _ in range(config.num_generations)]
-            for name, values in rows.items()
-        }
-        prompts = columns.pop("prompt")
-        with timed(times, "generate"), self.policy.sampling():
-            prompt_ids = [
-                encode_prompt(prompt, tokenizer, system_prompt=config.system_prompt)
-                for prompt in rows["prompt"]
-            ]
-            completions = self.rollout.generate(
-                prompt_ids, config.num_generations, self.sampling, self.generator
-            )
-            completion_ids = completions.token_lists()
-        with timed(times, "reward"):
-            texts = decode_completions(prompts, completion_ids, tokenizer)
-            rewards_BK = score(
-                self.rewards,
-                prompts=prompts,
-                completions=texts,
-                completion_ids=completion_ids,
-                columns=columns,
-            )
-        finished = completions.finished.tolist()
-        return [
-            Sample(
-                prompt=prompts[i],
-                prompt_ids=prompt_ids[i // config.num_generations],
-                text=texts[i],
-                completion_ids=ids,
-                logps=completions.logps[i, : len(ids)],
-                finished=finished[i],
-                rewards_K=rewards_BK[i],
-            )
-            for i, ids in enumerate(completion_ids)
-        ]
+    def _batch(self, samples: list[Sample], advantages: Advantages) -> Batch:
+        masked = self.config.mask_truncated_completions
+        return make_batch(
+            [one.drawn.prompt_ids for one in samples],
+            [one.drawn.completion_ids for one in samples],
+            [one.drawn.logps for one in samples],
+            [
+                value.expand(len(one.drawn.completion_ids))
+                for value, one in zip(_of_each(samples, advantages), samples, strict=True)
+            ],
+            [
+                [False] * len(one.drawn.completion_ids)
+                if masked and not one.drawn.finished
+                else one.drawn.counted
+                for one in samples
+            ],
+        )
 
     def _resample(
-        self, samples: list[Sample], times: dict[str, float]
+        self, samples: list[Sample], sample: Callable[[int], list[Sample]]
     ) -> tuple[list[Sample], list[Sample], int]:
         """Return as many completions with signal as can be had, all that were seen, and rounds."""
         size, everything, rounds = self.config.num_generations, samples, 0
@@ -159,7 +125,7 @@ class Collector:
         signal = self._have_signal(samples)
         while sum(signal) < wanted and rounds < self.config.max_resample_rounds:
             rounds += 1
-            more = self._sample(wanted - sum(signal), times)
+            more = sample(wanted - sum(signal))
             everything = everything + more
             signal += self._have_signal(more)
         groups = sorted(range(len(signal)), key=lambda group: not signal[group])  # signal first
@@ -175,11 +141,28 @@ class Collector:
         return (~self._compare(samples).zero_std).tolist()
 
     def _compare(self, samples: list[Sample]) -> Advantages:
-        return group_advantages(
-            torch.stack([sample.rewards_K for sample in samples]),
-            torch.tensor([reward.weight for reward in self.rewards]),
-            self.config.num_generations,
-            scale_rewards=self.config.scale_rewards,
-            std=self.config.advantage_std,
-            advantage_eps=self.config.advantage_eps,
+        config, weights = self.config, self.sampler.judges.weights
+        options: dict[str, Any] = {
+            "scale_rewards": config.scale_rewards,
+            "std": config.advantage_std,
+            "advantage_eps": config.advantage_eps,
+            "baseline": config.advantage_baseline,
+            "multi_objective_aggregation": config.multi_objective_aggregation,
+        }
+        rewards_BK = torch.stack([one.rewards_K for one in samples])
+        stepwise = {k for one in samples for k in one.steps_K}
+        if not stepwise:
+            return group_advantages(rewards_BK, weights, config.num_generations, **options)
+        lengths = [len(one.drawn.completion_ids) for one in samples]
+        steps = merge_steps(
+            rewards_BK, weights, {k: [one.steps_of(k) for one in samples] for k in stepwise}, lengths
         )
+        return step_advantages(steps, lengths, config.num_generations, **options)
+
+
+def _of_each(samples: list[Sample], advantages: Advantages) -> list[Tensor]:
+    """Return of each sample its advantage, (1,), or those of its tokens, (length,)."""
+    if not any(one.steps_K for one in samples):
+        return list(advantages.advantages.split(1))
+    lengths = [len(one.drawn.completion_ids) for one in samples]
+    return list(advantages.advantages.split(lengths))

@@ -27,7 +27,7 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     Raises:
         ValueError: it cannot be loaded; says why.
     """
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    options = hub_options(config) | {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.load_in_4bit:
@@ -40,13 +40,18 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model from a directory or the Hub.
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the configuration's model, from a directory or the Hub.
 
     Raises:
         ValueError: it cannot be loaded; says why.
     """
-    return load_from(AutoTokenizer, name)
+    return load_from(AutoTokenizer, str(config.model_name_or_path), **hub_options(config))
+
+
+def hub_options(config: TrainConfig) -> dict[str, Any]:
+    """Return what transformers is told about where a model comes from."""
+    return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
 
 
 def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:

@@ -17,9 +17,12 @@ from fastgrpo_kernels import (
     importance_weights,
     linear_grpo_loss,
     linear_logps,
+    off_policy_mask,
+    top_entropy_mask,
 )
 
 from .batch import Batch
+from .config.loss import LossOptions
 from .config.rollout import RolloutOptions
 from .model import Policy
 
@@ -29,7 +32,15 @@ SAMPLING_DIFFERENCE = (
 )
 
 
-def batch_loss(policy: Policy, batch: Batch, config: GRPOLossConfig, step: Batch) -> GRPOLossOutput:
+def batch_loss(
+    policy: Policy,
+    batch: Batch,
+    config: GRPOLossConfig,
+    step: Batch,
+    *,
+    options: LossOptions | None = None,
+    num_passes: int = 1,
+) -> GRPOLossOutput:
     """Return a micro-batch's share of the step's loss, with its graph.
 
     Args:
@@ -37,11 +48,39 @@ def batch_loss(policy: Policy, batch: Batch, config: GRPOLossConfig, step: Batch
         batch: the micro-batch.
         config: the mathematics of the loss; scale and softcap of the logits are the model's.
         step: the batch of the whole optimisation step, whose counts are the denominators.
+        options: which tokens count; None: all.
+        num_passes: micro-batches of the step, each of which has that share of a bonus over the
+            tokens of the highest entropy.
     """
     head, tokens = policy.head, step.num_completion_tokens
+    config = replace(config, logit_scale=head.logit_scale, logit_softcap=head.logit_softcap)
     with policy.autocast():  # and out of it, where the body's weights in bf16 are forgotten
         hidden_NH = policy.hidden_states(batch)
+    # The entropy of bnpo is, as its loss, a mean of the micro-batch.
+    entropy_denominator = None if config.loss_type == "bnpo" else tokens
+    entropy_mask = policy_weight = None
     with policy.autocast():
+        if options is not None and options.need_statistics:
+            logps, entropy = _statistics(policy, hidden_NH.detach(), batch, config.temperature)
+            if options.top_entropy_quantile < 1:
+                entropy_mask = top_entropy_mask(
+                    entropy, quantile=options.top_entropy_quantile, completion_mask=batch.mask
+                )
+                if config.loss_type != "bnpo":
+                    entropy_denominator = entropy_mask.sum() * num_passes
+            if options.off_policy_mask_threshold is not None:
+                policy_weight = off_policy_mask(
+                    logps,
+                    batch.sampling_logps.where(
+                        # Of a token whose log-prob the sampler did not tell: that of its time.
+                        ~batch.sampling_logps.isnan(),
+                        logps if batch.old_logps is None else batch.old_logps,
+                    ),
+                    batch.sequence_advantages,
+                    threshold=options.off_policy_mask_threshold,
+                    completion_mask=batch.mask.to(logps.device, non_blocking=True),
+                    cu_seqlens=batch.cu_seqlens,
+                )
         return linear_grpo_loss(
             hidden_NH,
             head.weight,
@@ -53,11 +92,12 @@ def batch_loss(policy: Policy, batch: Batch, config: GRPOLossConfig, step: Batch
             old_logps=batch.old_logps,
             ref_logps=batch.ref_logps,
             importance_sampling_ratio=batch.importance_weights,
+            policy_weight=policy_weight,
+            entropy_mask=entropy_mask,
             num_items_in_batch=tokens,
             num_sequences_in_batch=step.num_nonempty if config.skip_empty_sequences else len(step),
-            # The entropy of bnpo is, as its loss, a mean of the micro-batch.
-            entropy_denominator=None if config.loss_type == "bnpo" else tokens,
-            config=replace(config, logit_scale=head.logit_scale, logit_softcap=head.logit_softcap),
+            entropy_denominator=entropy_denominator,
+            config=config,
         )
 
 
@@ -74,23 +114,31 @@ def batch_logps(
         temperature: divides the logits.
     """
     policy.model.eval()  # as when sampling: no dropout
-    head = policy.head
     logps_N = torch.zeros_like(batch.sampling_logps)
     for rows in passes:
         micro = batch.select(rows)
         with policy.packing(), policy.autocast():
-            logps, _ = linear_logps(
-                policy.hidden_states(micro),
-                head.weight,
-                micro.targets,
-                bias=head.bias,
-                mask=micro.mask,
-                temperature=temperature,
-                logit_scale=head.logit_scale,
-                logit_softcap=head.logit_softcap,
-            )
+            logps, _ = _statistics(policy, policy.hidden_states(micro), micro, temperature)
         logps_N[batch.tokens_of(rows).to(logps_N.device, non_blocking=True)] = logps
     return logps_N
+
+
+@torch.no_grad()
+def _statistics(
+    policy: Policy, hidden_NH: Tensor, batch: Batch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the log-prob of each target and the entropy it was drawn with, both (N,)."""
+    head = policy.head
+    return linear_logps(
+        hidden_NH,
+        head.weight,
+        batch.targets,
+        bias=head.bias,
+        mask=batch.mask,
+        temperature=temperature,
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+    )
 
 
 def sampler_correction(batch: Batch, options: RolloutOptions) -> Tensor:

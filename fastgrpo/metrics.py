@@ -112,38 +112,50 @@ class StepMetrics:
         self._extremes[name] = value if seen is None else choose(seen, value)
 
 
-def rollout_metrics(
-    reward_names: Sequence[str],
-    rewards_BK: Tensor,
-    advantages: Advantages,
-    lengths: Sequence[int],
-    finished: Sequence[bool],
+def reward_metrics(
+    names: Sequence[str], weights: Sequence[float], rewards_BK: Tensor
 ) -> dict[str, float]:
-    """Return what is known of completions before training on them, named as TRL names it.
+    """Return mean and standard deviation of rewards, named as TRL names them.
 
     Args:
-        reward_names: of the K reward functions.
+        names: of the K reward functions.
+        weights: theirs in the sum.
         rewards_BK: (B, K) what each gave each completion, NaN where it did not judge.
-        advantages: of the B completions.
-        lengths: tokens of each completion.
-        finished: whether it ended by itself.
     """
-    lengths_B = torch.tensor(lengths, dtype=torch.float32)
-    reward, reward_std = _mean_and_std(advantages.rewards)
-    metrics = {
-        "reward": reward,
-        "reward_std": reward_std,
-        "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
-        "completions/mean_length": lengths_B.mean().item(),
-        "completions/min_length": lengths_B.min().item(),
-        "completions/max_length": lengths_B.max().item(),
-        "completions/clipped_ratio": 1 - sum(finished) / len(finished),
-    }
-    columns = {"advantages": advantages.advantages}
-    columns |= {f"rewards/{name}": rewards_BK[:, k] for k, name in enumerate(reward_names)}
-    for name, values_B in columns.items():
-        metrics[f"{name}/mean"], metrics[f"{name}/std"] = _mean_and_std(values_B)
+    weighted_BK = rewards_BK.double() * torch.tensor(weights, dtype=torch.float64)
+    totals_B = weighted_BK.nansum(1).masked_fill(weighted_BK.isnan().all(1), math.nan)
+    metrics: dict[str, float] = {}
+    metrics["reward"], metrics["reward_std"] = _mean_and_std(totals_B)
+    for k, name in enumerate(names):
+        mean, std = _mean_and_std(rewards_BK[:, k])
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
     return metrics
+
+
+def completion_metrics(lengths: Sequence[int], finished: Sequence[bool]) -> dict[str, float]:
+    """Return how long completions are, named as TRL names it.
+
+    Args:
+        lengths: tokens of each that the policy has written.
+        finished: whether it ended by itself; of those that did, there are lengths apart.
+    """
+    ended = [length for length, end in zip(lengths, finished, strict=True) if end]
+    metrics = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
+    for kind, some in (("", lengths), ("_terminated", ended or [0])):
+        metrics[f"completions/mean{kind}_length"] = sum(some) / len(some)
+        metrics[f"completions/min{kind}_length"] = float(min(some))
+        metrics[f"completions/max{kind}_length"] = float(max(some))
+    return metrics
+
+
+def advantage_metrics(advantages: Advantages) -> dict[str, float]:
+    """Return what is known of advantages before training on them, named as TRL names it."""
+    mean, std = _mean_and_std(advantages.advantages)
+    return {
+        "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
+        "advantages/mean": mean,
+        "advantages/std": std,
+    }
 
 
 def _mean_and_std(values_B: Tensor) -> tuple[float, float]:

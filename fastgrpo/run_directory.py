@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .config import TrainConfig
-from .experience import Sample
+from .experience import Experience
 from .metrics import MetricsWriter, read_metrics
 from .report import save_curves
 
@@ -36,24 +38,60 @@ class RunDirectory:
             writer.write(metrics)
 
     def add_completions(
-        self,
-        step: int,
-        samples: Sequence[Sample],
-        reward_names: Sequence[str],
-        advantages: Sequence[float],
+        self, step: int, found: Experience, reward_names: Sequence[str], count: int
     ) -> None:
-        """Append completions, their rewards and advantages to completions.jsonl."""
-        with open(self.path / "completions.jsonl", "a", encoding="utf-8") as file:
-            for sample, advantage in zip(samples, advantages, strict=True):
-                rewards = zip(reward_names, sample.rewards_K.tolist(), strict=True)
-                line = {
+        """Append the first completions of a generation to completions.jsonl.
+
+        Args:
+            step: the first that they serve.
+            found: the generation.
+            reward_names: of the reward functions.
+            count: how many.
+        """
+        some = zip(found.samples[:count], found.advantages, strict=False)
+        self._append(
+            "completions.jsonl",
+            [
+                {
                     "step": step,
                     "prompt": sample.prompt,
                     "completion": sample.text,
-                    "rewards": {n: None if math.isnan(value) else value for n, value in rewards},
-                    "advantage": advantage,
+                    "rewards": dict(
+                        zip(reward_names, _plain(sample.rewards_K.tolist()), strict=True)
+                    ),
+                    "advantage": advantage.item() if len(advantage) == 1 else advantage.tolist(),
+                    "num_tokens": len(sample.drawn.completion_ids),
+                    "finished": sample.drawn.finished,
                 }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                | ({"extra": sample.extra} if sample.extra else {})
+                for sample, advantage in some
+            ],
+        )
+
+    def add_rewards(self, step: int, found: Experience, reward_names: Sequence[str]) -> None:
+        """Append the rewards of all completions of a generation to rewards.jsonl."""
+        columns = torch.stack([sample.rewards_K for sample in found.samples]).T.tolist()
+        rewards = {name: _plain(values) for name, values in zip(reward_names, columns, strict=True)}
+        advantages = [float(advantage.mean()) for advantage in found.advantages]
+        line = {"step": step, "rewards": rewards, "advantages": _plain(advantages)}
+        self._append("rewards.jsonl", [line])
+
+    def add_warning(self, step: int, text: str) -> None:
+        """Append a warning to warnings.jsonl."""
+        self._append("warnings.jsonl", [{"step": step, "text": text}])
+
+    def remove_old_checkpoints(self, limit: int | None) -> None:
+        """Delete all but the newest `limit` checkpoints; None: keep all."""
+        folders = (self.path / "checkpoints").glob("step-*")
+        steps = sorted(int(folder.name.removeprefix("step-")) for folder in folders)
+        for step in steps[: -limit if limit else 0]:
+            shutil.rmtree(self.path / "checkpoints" / f"step-{step}")
+
+    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            for line in lines:
+                # Columns of reward functions may hold anything.
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def finish(self, accuracy_key: str, **summary: Any) -> dict[str, Any]:
         """Write curves.png and summary.json; return what the summary holds."""
@@ -67,6 +105,11 @@ class RunDirectory:
 
     def _write(self, name: str, text: str) -> None:
         (self.path / name).write_text(text, encoding="utf-8")
+
+
+def _plain(values: Sequence[float]) -> list[float | None]:
+    """Return numbers as JSON has them: NaN is null."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def check_free(output_dir: str | None) -> None:

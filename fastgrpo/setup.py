@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,11 +12,15 @@ from transformers.utils.import_utils import is_kernels_available
 from .activations import enable_gradient_checkpointing
 from .adapters import add_adapters
 from .assets import Assets
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
+from .data import check_prompts
 from .loading import computes_in_bf16
 from .model import Policy
+from .rewards import Judges
 from .rollout import Rollout
 from .rollout.static import StaticCacheRollout
+from .rollout_fn import RolloutFunction, load_rollout_fn
+from .samples import Sampler
 
 
 def check_installed(config: TrainConfig) -> None:
@@ -59,6 +63,8 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
         )
     if config.use_peft:
         model = add_adapters(model, config)
+    if config.disable_dropout:
+        disable_dropout(model)
     policy = Policy(
         model,
         assets.tokenizer,
@@ -70,6 +76,66 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     if config.torch_compile:
         policy.compile()
     return policy
+
+
+def disable_dropout(model: Any) -> None:
+    """Set every dropout of a model to 0, that of attention weights included."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def build_judges(config: TrainConfig, reward_funcs: Sequence[Any] | None = None) -> Judges:
+    """Make the judges of a run, from objects in place of the configuration's names if there are.
+
+    Raises:
+        ValueError: a reward function cannot be found, or does not fit; says which.
+    """
+    return Judges(
+        reward_funcs or config.reward_funcs,
+        config.reward_weights,
+        reward_timeout=config.reward_timeout,
+        reward_errors=config.reward_errors,
+        soft_punish_cache=config.soft_punish_cache,
+        max_completion_length=config.max_completion_length,
+        trust_remote_code=config.trust_remote_code,
+        batch_size=config.per_device_train_batch_size,
+        seed=config.seed,
+    )
+
+
+def build_rollout_fn(
+    config: TrainConfig, rollout_fn: RolloutFunction | None = None
+) -> RolloutFunction | None:
+    """Return the function that samples in the engine's place, if there is one.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    name_or_function = rollout_fn or config.rollout_fn
+    return None if name_or_function is None else load_rollout_fn(name_or_function)
+
+
+def check_datasets(config: TrainConfig, assets: Assets, sampler: Sampler) -> None:
+    """Refuse prompts that leave no room for completions, and columns that judges cannot take.
+
+    Raises:
+        ValueError: says which, and what to do.
+    """
+    if assets.test_dataset is None and config.eval_strategy != "no":
+        raise ConfigError("eval_strategy: needs prompts to measure; give a test_dataset")
+    limits = {"the model": sampler.policy.positions} | config.limits
+    for dataset in (assets.train_dataset, assets.test_dataset):
+        if dataset is not None:
+            sampler.judges.check_columns(dataset.column_names)
+            check_prompts(
+                dataset,
+                sampler.encode,
+                max_completion_length=config.max_completion_length,
+                limits=limits,
+            )
 
 
 def build_rollout(config: TrainConfig, policy: Policy, say: Callable[[str], None]) -> Rollout:
@@ -110,9 +176,11 @@ def build_rollout(config: TrainConfig, policy: Policy, say: Callable[[str], None
 
 def notes(config: TrainConfig, policy: Policy) -> Iterator[str]:
     """Yield what of a run is not as one would expect."""
-    if config.top_p < 1 or config.top_k > 0:
+    if config.top_p < 1 or config.top_k > 0 or config.min_p:
+        truncation = f"top_p={config.top_p} and top_k={config.top_k}"
+        truncation += f" and min_p={config.min_p}" if config.min_p else ""
         yield (
-            f"note: top_p={config.top_p} and top_k={config.top_k} truncate what is sampled; "
+            f"note: {truncation} truncate what is sampled; "
             "log-probs, ratios and KL are those of the whole distribution"
         )
     if config.padding_free is None and policy.why_padded and not _names_a_padded_attention(config):

@@ -9,9 +9,10 @@ P prompts, G completions a prompt, B = P * G completions, K reward functions.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -22,10 +23,10 @@ from .batch import Batch, micro_batches
 from .checkpoint import name_base, save_checkpoint
 from .config import TrainConfig, is_due
 from .console import Console
-from .data import check_prompts
-from .evaluate import evaluate
+from .entropy_bonus import EntropyBonus
+from .evaluate import Evaluator
 from .experience import Collector
-from .health import Health
+from .journal import Journal
 from .loss import (
     SAMPLING_DIFFERENCE,
     batch_logps,
@@ -37,13 +38,18 @@ from .loss import (
 from .metrics import StepMetrics, peak_memory_gib, sequence_means, timed
 from .optim import build_optimizer, clip_gradients
 from .ref_model import Reference
-from .rewards import check_columns, load_rewards
-from .rollout import SamplingParams
+from .rollout_fn import RolloutFunction
 from .run_directory import RunDirectory, check_free
-from .setup import build_rollout, check_installed, load_policy, notes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .samples import Sampler
+from .setup import (
+    build_judges,
+    build_rollout,
+    build_rollout_fn,
+    check_datasets,
+    check_installed,
+    load_policy,
+    notes,
+)
 
 
 class Trainer:
@@ -54,6 +60,8 @@ class Trainer:
         config: TrainConfig,
         assets: Assets | None = None,
         *,
+        reward_funcs: Sequence[Any] | None = None,
+        rollout_fn: RolloutFunction | None = None,
         run_name: str = "train",
         console: Console | None = None,
     ) -> None:
@@ -62,6 +70,8 @@ class Trainer:
         Args:
             config: the run.
             assets: your own model, tokenizer and prompts; None: what the configuration names.
+            reward_funcs: functions, or reward models, in place of the configuration's names.
+            rollout_fn: a function in place of the configuration's name.
             run_name: how a new directory under `runs/` is called.
             console: where progress is shown.
 
@@ -72,48 +82,44 @@ class Trainer:
             torch.set_num_threads(config.cpu_threads)
         set_seed(config.seed)
         self.config = config
-        self.console = console or Console(logging_steps=config.logging_steps)
         check_installed(config)
         check_free(config.output_dir)  # before the minutes that a large model takes to load
-        self.rewards = load_rewards(config.reward_funcs, config.reward_weights)
+        self.judges = build_judges(config, reward_funcs)
+        rollout_fn = build_rollout_fn(config, rollout_fn)
         self.assets = assets = assets or load_assets(config)
-        self.train_dataset, self.test_dataset = assets.train_dataset, assets.test_dataset
-        datasets = [x for x in (self.train_dataset, self.test_dataset) if x is not None]
-        for dataset in datasets:
-            check_columns(self.rewards, dataset.column_names)
+        self.train_dataset = assets.train_dataset
         self.policy = load_policy(config, assets)
-        limits = {"the model": self.policy.positions} | config.limits
-        for dataset in datasets:
-            check_prompts(
-                dataset,
-                assets.tokenizer,
-                system_prompt=config.system_prompt,
-                max_completion_length=config.max_completion_length,
-                limits=limits,
-            )
+        console = console or Console(logging_steps=config.logging_steps)
+        rollout = build_rollout(config, self.policy, console.message)
+        self.sampler = Sampler(config, self.policy, rollout, self.judges, rollout_fn)
+        check_datasets(config, assets, self.sampler)
         self.reference = Reference(self.policy, config) if config.loss.beta > 0 else None
-        self.rollout = build_rollout(config, self.policy, self.console.message)
-        self.collector = Collector(
-            config, self.policy, self.rollout, self.rewards, self.train_dataset
-        )
+        self.collector = Collector(config, self.sampler, self.train_dataset)
+        self.test = None
+        if assets.test_dataset is not None:
+            self.test = Evaluator(config, self.sampler, assets.test_dataset)
         self.num_steps = config.num_steps(len(self.train_dataset))
+        self.epoch = config.steps_per_epoch(len(self.train_dataset))
         self.optimizer, self.scheduler = build_optimizer(self.policy.model, config, self.num_steps)
+        self.entropy_bonus = EntropyBonus(config)
         self.tokens_seen = 0
-        self.health = Health()
 
         self.run = RunDirectory(config, run_name)
+        self.journal = Journal(config, self.run, console, self.judges.names)
 
     def train(self) -> dict[str, Any]:
         """Run all steps and return what `summary.json` holds."""
-        config, start = self.config, time.perf_counter()
-        with self.console:
+        config, journal, start = self.config, self.journal, time.perf_counter()
+        with closing(self.judges), journal:
             for note in notes(config, self.policy):
-                self.console.message(note)
+                journal.console.message(note)
             self.warm_start()
             name_base(self.run.path / "base", self.policy.model, self.policy.tokenizer)
             before = self.test_accuracy("before")
-            self.console.phase("train", self.num_steps)
-            step, epoch = 0, config.steps_per_epoch(len(self.train_dataset))
+            journal.console.phase("train", self.num_steps)
+            if config.eval_on_start and self.test is not None:
+                journal.step({"step": 0} | self.test.metrics(), fresh=False)
+            step = 0
             while step < self.num_steps:
                 times: dict[str, float] = {}
                 batches, metrics = self.collect(step + 1, times)
@@ -122,28 +128,42 @@ class Trainer:
                     if step == self.num_steps:
                         break
                     step += 1
-                    self.log(step, batch, metrics | self.optimise(batch, times), times)
-                    if self.reference is not None:
-                        self.reference.sync(step)
-                    if is_due(config.save_strategy, config.save_steps, step, epoch):
-                        self.save(self.run.path / "checkpoints" / f"step-{step}")
+                    found = self.optimise(batch, times)
+                    self.finish_step(step, batch, metrics | found, times)
                     times = {}
             self.save(self.run.path / "final")
             after = self.test_accuracy("after")
-        return self.finish(before, after, time.perf_counter() - start)
+            return self.finish(before, after, time.perf_counter() - start)
+
+    def finish_step(
+        self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
+    ) -> None:
+        """Do what follows an optimisation step: measure, log, save."""
+        config = self.config
+        self.sampler.state.global_step = step
+        if self.reference is not None:
+            self.reference.sync(step)
+        every = config.eval_steps or config.logging_steps
+        if self.test is not None and is_due(config.eval_strategy, every, step, self.epoch):
+            metrics = metrics | self.test.metrics()
+        self.log(step, batch, metrics, times)
+        if is_due(config.save_strategy, config.save_steps, step, self.epoch):
+            self.save(self.run.path / "checkpoints" / f"step-{step}")
+            self.run.remove_old_checkpoints(config.save_total_limit)
 
     def warm_start(self) -> None:
         """Teach the untrained model of a task until GRPO has something to reinforce."""
         validation = self.assets.validation_dataset
         if self.assets.warm_start is None or validation is None:
             return
-        self.console.phase("warm start", None)
+        console = self.journal.console
+        console.phase("warm start", None)
         with base_trained(self.policy.model):
             steps = self.assets.warm_start(
-                accuracy=lambda: self.measure(validation, self.collector.sampling),
-                on_step=lambda step, loss: self.console.step({"step": step, "loss": loss}),
+                accuracy=Evaluator(self.config, self.sampler, validation).accuracy,
+                on_step=lambda step, loss: console.step({"step": step, "loss": loss}),
             )
-        self.console.message(f"warm start: {steps} supervised steps")
+        console.message(f"warm start: {steps} supervised steps")
         if self.reference is not None:  # GRPO's start, not the untrained model
             self.reference.renew()
 
@@ -155,15 +175,9 @@ class Trainer:
         with timed(times, "logps"):
             self.add_logps(found.batch)
         self.tokens_seen += found.num_tokens
-        steps = range(step, step + parts * config.num_iterations)  # that these completions serve
-        if any(s == 1 or s % config.logging_steps == 0 for s in steps):
-            count = config.num_completions_to_log
-            self.run.add_completions(
-                step,
-                found.samples[:count],
-                [reward.name for reward in self.rewards],
-                found.advantages[:count].tolist(),
-            )
+        serves = range(step, step + parts * config.num_iterations)
+        logged = any(s == 1 or s % config.logging_steps == 0 for s in serves)
+        self.journal.generation(step, found, logged=logged)
         size = config.completions_per_step
         batches = [found.batch.select(range(i * size, (i + 1) * size)) for i in range(parts)]
         seen = [row for rows in self.passes(found.batch) for row in rows]
@@ -173,8 +187,9 @@ class Trainer:
         """Return the sequences of each forward and backward pass of a batch."""
         config = self.config
         rows = list(range(len(batch)))
-        # The means of bnpo are those of micro-batches: there nothing may be left out.
-        if config.filter_zero_advantages and config.loss.loss_type != "bnpo":
+        # Means and quantiles of a micro-batch depend on all that is in it.
+        whole = config.loss.loss_type == "bnpo" or config.top_entropy_quantile < 1
+        if config.filter_zero_advantages and not (whole or config.use_adaptive_entropy):
             rows = batch.contributing(config.loss)
         passes = micro_batches(
             [batch.lengths[i] for i in rows],
@@ -188,9 +203,10 @@ class Trainer:
         """Add the log-probs the loss will need beside the policy's own, as far as it will."""
         config, temperature = self.config, self.config.temperature
         moves = config.optimizer_steps_per_generation > 1
-        if moves or not self.rollout.is_policy:
+        is_policy = self.sampler.rollout.is_policy
+        if moves or not is_policy:
             batch.old_logps = batch_logps(self.policy, batch, self.passes(batch), temperature)
-        if not self.rollout.is_policy and config.vllm_importance_sampling_correction:
+        if not is_policy and config.vllm_importance_sampling_correction:
             batch.importance_weights = sampler_correction(batch, config)
         if self.reference is not None:
             with self.reference.ready() as reference:
@@ -198,8 +214,8 @@ class Trainer:
 
     def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
         """Take one optimisation step on a batch, a micro-batch at a time."""
-        config, model = self.config, self.policy.model
-        totals = StepMetrics(sequence_means(config.loss))
+        config, model, loss = self.config, self.policy.model, self.entropy_bonus.loss
+        totals = StepMetrics(sequence_means(loss))
         totals.add({"loss": 0.0, **dict.fromkeys(SAMPLING_DIFFERENCE, 0.0)}, weight=0)  # no signal
         with timed(times, "train"), self.policy.packing():
             model.train()
@@ -210,13 +226,15 @@ class Trainer:
             logps = torch.zeros_like(batch.sampling_logps)
             for rows in passes:
                 micro = batch.select(rows)
-                output = batch_loss(self.policy, micro, config.loss, step=batch)
-                loss = output.loss * share
-                loss.backward()
+                output = batch_loss(
+                    self.policy, micro, loss, batch, options=config, num_passes=len(passes)
+                )
+                part = output.loss * share
+                part.backward()
                 if keep:
                     index = batch.tokens_of(rows).to(logps.device, non_blocking=True)
                     logps[index] = output.logps
-                report = {"loss": loss, **sampling_difference(output.logps, micro)}
+                report = {"loss": part, **sampling_difference(output.logps, micro)}
                 totals.add(output.metrics | report, weight=micro.num_completion_tokens)
             if not passes:  # a gradient of 0, which AdamW's momentum outlives, is not no gradient
                 for parameter in model.parameters():
@@ -231,7 +249,11 @@ class Trainer:
             self.optimizer.zero_grad()  # frees the gradients while sampling
         sequences = {"num_sequences": len(batch), "num_computed_sequences": sum(map(len, passes))}
         rates = {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        return totals.result() | sequences | rates
+        metrics = totals.result()
+        self.entropy_bonus.update(metrics.get("entropy"))
+        if config.use_adaptive_entropy:
+            rates["entropy_coef"] = self.entropy_bonus.coefficient
+        return metrics | sequences | rates
 
     def log(
         self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
@@ -242,34 +264,14 @@ class Trainer:
         metrics |= {f"time/{name}": value for name, value in times.items()}
         metrics["tokens_per_second"] = batch.num_completion_tokens / seconds
         metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
-        self.run.add_metrics(metrics)
-        self.console.step(metrics)
-        for warning in self.health.warnings(metrics, fresh="generate" in times):
-            self.console.message(warning)
+        self.journal.step(metrics, fresh="generate" in times)
 
     def test_accuracy(self, when: str) -> dict[str, float]:
         """Return the first reward function's mean on the test split, greedy and sampled."""
-        if self.test_dataset is None:
+        if self.test is None:
             return {}
-        self.console.phase(f"test {when} training", None)
-        sampling = self.collector.sampling
-        return {
-            "greedy": self.measure(self.test_dataset, replace(sampling, temperature=0.0)),
-            "sampled": self.measure(self.test_dataset, sampling),
-        }
-
-    def measure(self, dataset: Dataset, sampling: SamplingParams) -> float:
-        """Return the first reward function's mean on a dataset, one completion a prompt."""
-        return evaluate(
-            self.policy,
-            self.rollout,
-            dataset,
-            self.rewards[0],
-            sampling,
-            batch_size=self.config.completions_per_step,
-            system_prompt=self.config.system_prompt,
-            seed=self.config.seed,
-        )
+        self.journal.console.phase(f"test {when} training", None)
+        return {"greedy": self.test.accuracy(temperature=0.0), "sampled": self.test.accuracy()}
 
     def save(self, path: Path) -> None:
         """Write a Hugging Face checkpoint."""
@@ -279,16 +281,16 @@ class Trainer:
         self, before: dict[str, float], after: dict[str, float], seconds: float
     ) -> dict[str, Any]:
         """Write the summary and show what was reached."""
-        judge = self.rewards[0].name
+        judge, console = self.judges.names[0], self.journal.console
         summary: dict[str, Any] = {
             "steps": self.num_steps,
             "seconds": seconds,
             "num_tokens": self.tokens_seen,
         }
-        if before:
+        if self.test is not None:
             summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
-            prompts = len(self.test_dataset or [])
-            self.console.accuracies(f"{judge} on {prompts} held-out prompts", summary["test"])
+            title = f"{judge} on {len(self.test.dataset)} held-out prompts"
+            console.accuracies(title, summary["test"])
         summary = self.run.finish(f"rewards/{judge}/mean", **summary)
-        self.console.message(f"run directory: {self.run.path}")
+        console.message(f"run directory: {self.run.path}")
         return summary

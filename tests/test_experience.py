@@ -91,7 +91,7 @@ def test_completions_may_serve_several_steps(start):
 def test_a_sampler_with_other_weights_is_noticed(start, capsys):
     trainer = start(max_steps=2)
     stale = small_model(seed=1, initializer_range=0.3)
-    generate = trainer.rollout.generate
+    generate = trainer.sampler.rollout.generate
 
     def generate_from_stale(*args):
         mine = {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
@@ -101,7 +101,7 @@ def test_a_sampler_with_other_weights_is_noticed(start, capsys):
         finally:
             trainer.policy.model.load_state_dict(mine, strict=False)
 
-    trainer.rollout.generate = generate_from_stale
+    trainer.sampler.rollout.generate = generate_from_stale
     trainer.train()
     (metrics, _) = lines(trainer.run.path / "metrics.jsonl")
     assert metrics["sampling/sampling_logp_difference/mean"] > 0.1
@@ -138,8 +138,8 @@ def test_what_another_sampler_drew_is_weighed_by_how_likely_the_policy_finds_it(
         vllm_importance_sampling_clip_min=low,
         vllm_importance_sampling_clip_max=high,
     )
-    rollout = Elsewhere(trainer.rollout, shift=-0.05)
-    trainer.rollout = trainer.collector.rollout = rollout
+    rollout = Elsewhere(trainer.sampler.rollout, shift=-0.05)
+    trainer.sampler.rollout = rollout
     (batch,), metrics = trainer.collect(1, {})
     for i in range(32):
         one = batch.select([i])
@@ -159,8 +159,8 @@ def test_what_another_sampler_drew_is_weighed_by_how_likely_the_policy_finds_it(
 
 def test_the_importance_of_what_the_policy_itself_would_sample_is_1(start):
     trainer = start(vllm_importance_sampling_mode="token_truncate")
-    rollout = Elsewhere(trainer.rollout, shift=0.0)
-    trainer.rollout = trainer.collector.rollout = rollout
+    rollout = Elsewhere(trainer.sampler.rollout, shift=0.0)
+    trainer.sampler.rollout = rollout
     _, metrics = trainer.collect(1, {})
     assert metrics["frac_reward_zero_std"] > 0  # whose completions are not run
     for what in ("min", "mean", "max"):
@@ -170,8 +170,8 @@ def test_the_importance_of_what_the_policy_itself_would_sample_is_1(start):
 
 def test_a_sampler_so_far_off_that_all_its_weights_are_0_is_noticed(start, capsys):
     trainer = start(max_steps=1)
-    rollout = Elsewhere(trainer.rollout, shift=-0.5)
-    trainer.rollout = trainer.collector.rollout = rollout
+    rollout = Elsewhere(trainer.sampler.rollout, shift=-0.5)
+    trainer.sampler.rollout = rollout
     trainer.train()
     (metrics,) = lines(trainer.run.path / "metrics.jsonl")
     assert metrics["sampling/sampling_logp_difference/mean"] > 1
@@ -182,13 +182,13 @@ def test_weights_are_pushed_and_memory_given_back_around_every_sampling(start, m
     trainer = start(max_steps=2, dynamic_sampling=True, max_resample_rounds=2)
     calls = []
     for name in ("update_weights", "generate", "sleep"):
-        method = getattr(trainer.rollout, name)
+        method = getattr(trainer.sampler.rollout, name)
 
         def spy(*args, name=name, method=method):
             calls.append(name)
             return method(*args)
 
-        monkeypatch.setattr(trainer.rollout, name, spy)
+        monkeypatch.setattr(trainer.sampler.rollout, name, spy)
     trainer.train()
     assert [name for name, _ in groupby(calls)] == ["update_weights", "generate", "sleep"] * 2
 

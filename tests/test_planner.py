@@ -167,11 +167,11 @@ def test_sampling_takes_what_was_planned(tmp_path, family, values):
     values = {"gradient_accumulation_steps": 4, "max_completion_length": 40, **values}
     trainer = make_trainer(tmp_path, ARCHITECTURES[family], **values)
     prompts = [[5] * PROMPT] * trainer.config.prompts_per_step
-    sampling = trainer.collector.sampling
+    sampling = trainer.sampler.sampling
 
     def sample():
         with trainer.policy.sampling():
-            trainer.rollout.generate(prompts, trainer.config.num_generations, sampling)
+            trainer.sampler.rollout.generate(prompts, trainer.config.num_generations, sampling)
 
     measured = allocated(sample)
     plan = planner(family).plan(trainer.config)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo.assets import Assets, load_assets
 from fastgrpo.config import config_from, load_config
-from fastgrpo.rollout import SamplingParams
+from fastgrpo.evaluate import Evaluator
 from fastgrpo.rollout.static import StaticCacheRollout
 from fastgrpo.trainer import Trainer
 
@@ -59,9 +59,9 @@ def test_a_real_run_on_local_files_learns_and_its_checkpoint_scores_the_same(
         run_config(tmp_path, word_problems, model, output_dir=str(tmp_path / "again")),
         Assets(model=reloaded, tokenizer=tokenizer, train_dataset=trainer.train_dataset),
     )
+    measured = Evaluator(again.config, again.sampler, trainer.test.dataset)
     for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        sampling = SamplingParams(max_completion_length=12, temperature=temperature)
-        score = again.measure(trainer.test_dataset, sampling)
+        score = measured.accuracy(temperature)
         assert score == pytest.approx(summary["test"][how]["after"], abs=1e-6)
 
 

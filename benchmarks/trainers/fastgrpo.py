@@ -62,7 +62,7 @@ def train(task: Task, cell: TrainerCell, recorder: Recorder, directory: Path) ->
     )
     assets = Assets(model=task.model, tokenizer=task.tokenizer, train_dataset=task.dataset)
     trainer: Any = Trainer(config, assets)
-    trainer.collector.rollout = GivenOrSampled(trainer.rollout, cell, recorder)
+    trainer.sampler.rollout = GivenOrSampled(trainer.sampler.rollout, cell, recorder)
     collect = recorder.timed("rollout", trainer.collect)
     optimise, log = trainer.optimise, trainer.log
 

@@ -32,12 +32,22 @@ class LossOptions:
     entropy_target: float = 0.2
     """Entropy, in nats per token, that is to be kept."""
 
+    @property
+    def need_statistics(self) -> bool:
+        """A mask of the loss depends on the policy's own log-probs or entropies."""
+        return self.top_entropy_quantile < 1 or self.off_policy_mask_threshold is not None
+
     def loss_problems(self, *, entropy_coef: float) -> Iterator[str]:
         """Yield what is wrong with these values."""
         yield from share(self, "top_entropy_quantile")
         yield from at_least(
             self, 0, "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"
         )
+        if self.use_adaptive_entropy and self.top_entropy_quantile < 1:
+            yield (
+                "use_adaptive_entropy: follows the entropy of all tokens, and top_entropy_quantile "
+                "gives a bonus to some; leave one of them out"
+            )
         low, high = self.entropy_coef_min, self.entropy_coef_max
         if self.use_adaptive_entropy and not low <= entropy_coef <= high:
             yield (

@@ -52,10 +52,11 @@ class RewardOptions:
                 yield f"reward_funcs: must be names such as 'my_rewards.py:brevity', got {name!r}"
         if not all(map(math.isfinite, self.reward_weights or [])):
             yield f"reward_weights: must be finite, got {self.reward_weights}"
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            for name in ("scale_rewards", "advantage_baseline"):
-                if getattr(self, name) != RewardOptions.__dataclass_fields__[name].default:
-                    yield f"{name}: multi_objective_aggregation: normalize_then_sum has its own"
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            yield (
+                f"scale_rewards: {self.scale_rewards} has no effect with "
+                "multi_objective_aggregation: normalize_then_sum, which scales in its own way"
+            )
         yield from above_zero(self, "reward_timeout")
         yield from at_least(self, 0, "advantage_eps")
         yield from at_least(self, 1, "soft_punish_cache")

@@ -16,7 +16,7 @@ from fastgrpo.assets import load_assets
 from fastgrpo.config import ConfigError, TrainConfig
 from fastgrpo.console import Console
 from fastgrpo.data import encode_prompt, load_prompts
-from fastgrpo.loading import load_from, load_tokenizer
+from fastgrpo.loading import hub_options, load_from, load_tokenizer
 
 from .plan import CONTEXT_BYTES, GIB, SLACK, Device, Plan, Planner
 from .search import Largest, Switch, largest_values, switches
@@ -178,7 +178,7 @@ def _load_inputs(
     name = config.model_name_or_path
     if not name:
         raise ConfigError("model_name_or_path: required (or set task: arithmetic)")
-    architecture = _in_time(lambda: load_from(AutoConfig, name), f"model_name_or_path: {name}")
+    architecture = _in_time(lambda: load_from(AutoConfig, name, **hub_options(config)), f"model_name_or_path: {name}")
     if prompt_length is not None:
         return architecture, prompt_length, "as given"
     dataset = config.dataset_name
@@ -190,9 +190,14 @@ def _load_inputs(
         config_name=config.dataset_config,
         prompt_column=config.prompt_column,
     )
-    tokenizer = _in_time(lambda: load_tokenizer(name), f"model_name_or_path: {name}")
+    tokenizer = _in_time(lambda: load_tokenizer(config), f"model_name_or_path: {name}")
     encoded = (
-        encode_prompt(prompt, tokenizer, system_prompt=config.system_prompt)
+        encode_prompt(
+            prompt,
+            tokenizer,
+            system_prompt=config.system_prompt,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
         for prompt in rows["prompt"]
     )
     return architecture, max(map(len, encoded)), "the longest of the dataset"

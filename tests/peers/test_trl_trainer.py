@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ OURS = {"reward_funcs": ["benchmarks.trainer_cells:mean_id"], "cpu_threads": 1}
 # to the first gradient is 5e-6; clipped ratios and the optimizer pass it on to the next steps.
 FIRST, LATER = 5e-5, 1e-3
 LOGGED = (
+    "completions/mean_terminated_length", "completions/min_terminated_length",
+    "completions/max_terminated_length",
     "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std",
     "frac_reward_zero_std", "rewards/mean_id/mean", "rewards/mean_id/std",
     "completions/mean_length", "completions/min_length", "completions/max_length",
@@ -62,14 +65,15 @@ def both(
     options: dict[str, Any],
     only_ours: dict[str, Any] | None = None,
     shortest: int = 1,
+    eos: int | None = None,
 ) -> tuple[Run, Run]:
     options = OPTIONS | options
-    ours = run_ours(task, directory, options | OURS | (only_ours or {}), given(shortest))
-    return ours, run_trl(task, directory, options, mean_id, given(shortest))
+    ours = run_ours(task, directory, options | OURS | (only_ours or {}), given(shortest, eos))
+    return ours, run_trl(task, directory, options, mean_id, given(shortest, eos))
 
 
-def given(shortest: int = 1) -> Given:
-    return Given(CELL.V, shortest, CELL.completion_length)
+def given(shortest: int = 1, eos: int | None = None) -> Given:
+    return Given(CELL.V, shortest, CELL.completion_length, eos)
 
 
 def assert_same(ours: Run, theirs: Run, *, without: tuple[str, ...] = ()) -> None:
@@ -113,6 +117,20 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
         {},
     ),
+    "off-policy sequences": (
+        {"off_policy_mask_threshold": 0.01, "num_iterations": 3, "learning_rate": 2e-2}, {},
+    ),
+    # The first tokens of a group have the same entropy: in longer runs rounding may tell them apart.
+    "tokens of high entropy": (
+        {"top_entropy_quantile": 0.4, "entropy_coef": 0.1, "max_steps": 2}, {},
+    ),
+    "adaptive entropy": (
+        {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_coef_delta": 0.02,
+         "entropy_target": 2.6, "max_steps": 4, "per_device_train_batch_size": 16,
+         "gradient_accumulation_steps": 1},
+        {},
+    ),
+    "unclipped": ({"max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.4}, {}),
     "packed by tokens": ({}, {"max_tokens_per_microbatch": 40}),
     "padded": ({"loss_type": "grpo"}, {"padding_free": False}),
 }  # fmt: skip
@@ -123,11 +141,25 @@ def test_the_weights_go_where_those_of_trl_go(task: Task, tmp_path: Path, name: 
     options, only_ours = SAME[name]
     ours, theirs = both(task, tmp_path, options, only_ours)
     assert_same(ours, theirs)
-    computed = 16 if {"entropy_coef", "beta"} & options.keys() else 8
+    computed = 16 if {"entropy_coef", "beta", "top_entropy_quantile"} & options.keys() else 8
     assert ours.logged("num_computed_sequences") == [computed] * len(ours.logs)
     if "num_iterations" in options:
         clipped = "cispo_clip_ratio" if name == "cispo" else "clip_ratio/region_mean"
         assert max(ours.logged(clipped)) > 0.05
+
+
+def test_truncated_completions_are_left_out_where_those_of_trl_are(
+    task: Task, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(task.tokenizer)
+    tokenizer.eos_token = "5"
+    for loss_type in ("dapo", "grpo"):
+        options = {"mask_truncated_completions": True, "loss_type": loss_type}
+        ended = replace(task, tokenizer=tokenizer)
+        ours, theirs = both(ended, tmp_path / loss_type, options, shortest=2, eos=5)
+        assert_same(ours, theirs)
+        assert ours.logged("completions/clipped_ratio") == [0.5] * 3
+        assert ours.logged("num_computed_sequences") == [4] * 3
 
 
 def test_adapters_go_where_those_of_trl_go(task: Task, tmp_path: Path) -> None:

@@ -52,15 +52,23 @@ class Given:
 
     is_policy = True
 
-    def __init__(self, vocabulary: int, shortest: int, longest: int) -> None:
+    def __init__(
+        self, vocabulary: int, shortest: int, longest: int, eos: int | None = None
+    ) -> None:
         self.vocabulary, self.shortest, self.longest = vocabulary, shortest, longest
+        self.eos = eos  # every other completion ends with it; None: all are cut off
         self.turn = 0
 
     def completions(self, prompt_ids: list[int], count: int) -> list[list[int]]:
         """Return completions of a prompt, in this turn."""
         rng = random.Random(repr((self.turn, prompt_ids)))
         lengths = [rng.randint(self.shortest, self.longest) for _ in range(count)]
-        return [[rng.randrange(1, self.vocabulary) for _ in range(n)] for n in lengths]
+        ids = [[rng.randrange(1, self.vocabulary) for _ in range(n)] for n in lengths]
+        if self.eos is not None:
+            # A token of that kind elsewhere would be the last by chance.
+            ids = [[2 if token == self.eos else token for token in each] for each in ids]
+            ids = [[*each[:-1], self.eos] if i % 2 else each for i, each in enumerate(ids)]
+        return ids
 
     def rollout_func(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """Give them to TRL, which repeats a prompt for each of its completions."""
@@ -87,7 +95,7 @@ class Given:
             ids=ids_BT,
             mask=torch.arange(ids_BT.shape[1]) < lengths_B1,
             logps=torch.full(ids_BT.shape, torch.nan),
-            finished=torch.zeros(len(ids), dtype=torch.bool),
+            finished=torch.tensor([int(each[-1]) == self.eos for each in ids]),
         )
 
     def update_weights(self, model: object) -> None:
@@ -115,7 +123,7 @@ def run_ours(
     prompts = PromptSampler(len(task.dataset), config.seed, shuffle=False)
     trainer.collector.prompts = prompts
     if given is not None:
-        trainer.rollout = trainer.collector.rollout = given
+        trainer.sampler.rollout = given
     trained = trainer.policy.model
     if prepare is not None:
         prepare(trained)

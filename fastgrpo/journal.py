@@ -1,0 +1,83 @@
+"""Where the story of a run goes: its directory, the terminal, trackers, and warnings in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from .config import TrainConfig
+from .console import Console
+from .experience import Experience
+from .health import Health
+from .run_directory import RunDirectory
+from .trackers import build_trackers
+
+
+class Journal:
+    """Everything that is written of a run; used in a `with` block."""
+
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory, console: Console, reward_names: Sequence[str]
+    ) -> None:
+        self.config, self.run, self.console = config, run, console
+        self.reward_names = list(reward_names)
+        self.health = Health()
+        self.trackers = build_trackers(config, run.path)
+
+    def __enter__(self) -> Journal:
+        self.console.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.console.__exit__(kind, error, traceback)
+        for tracker in self.trackers:
+            tracker.close(failed=error is not None)
+
+    def generation(self, step: int, found: Experience, *, logged: bool) -> None:
+        """Write what was sampled.
+
+        Args:
+            step: the first optimisation step that it serves.
+            found: completions, rewards, advantages.
+            logged: one of the steps that it serves is logged.
+        """
+        self.run.add_rewards(step, found, self.reward_names)
+        for problem in found.problems:
+            self.warn(step, problem)
+        sample, advantage = found.samples[0], found.advantages[0]
+        self.console.sample(
+            prompt=sample.prompt,
+            completion=sample.text,
+            rewards=dict(zip(self.reward_names, sample.rewards_K.tolist(), strict=True)),
+            advantage=advantage.mean().item(),
+        )
+        if logged:
+            self.run.add_completions(
+                step, found, self.reward_names, self.config.num_completions_to_log
+            )
+
+    def step(self, metrics: Mapping[str, Any], *, fresh: bool) -> None:
+        """Write the metrics of an optimisation step.
+
+        Args:
+            metrics: by name, `step` among them.
+            fresh: the policy has not moved since its completions were sampled.
+        """
+        step = int(metrics["step"])
+        self.run.add_metrics(dict(metrics))
+        self.console.step(metrics)
+        for tracker in self.trackers:
+            tracker.log(metrics, step)
+        for warning in self.health.warnings(metrics, fresh=fresh):
+            self.warn(step, warning)
+
+    def warn(self, step: int, text: str) -> None:
+        """Say that something is wrong, and keep it."""
+        self.run.add_warning(step, text)
+        self.console.message(text)

@@ -1,0 +1,156 @@
+"""From prompts to judged completions of the policy as it is.
+
+B completions, those of a prompt (its group) next to each other; K reward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .data import encode_prompt
+from .metrics import timed
+from .model import Policy
+from .rewards import Completion, Judges, Scores, decode_completions
+from .rollout import Drawn, Rollout, SamplingParams
+from .rollout_fn import Engine, RolloutFunction, play
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion and what is known of it before training."""
+
+    prompt: Any
+    text: Completion
+    drawn: Drawn
+    rewards_K: Tensor  # NaN where a function did not judge; of step rewards the sum
+    steps_K: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    """By reward function that judged steps: where each ends, and its reward."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the rollout and the reward functions want to be seen beside it."""
+
+    @property
+    def num_counted(self) -> int:
+        """Tokens that the policy has written."""
+        counted = self.drawn.counted
+        return len(self.drawn.completion_ids) if counted is None else sum(counted)
+
+    def steps_of(self, k: int) -> list[tuple[int, float]]:
+        """Return the steps that reward function k judged; an outcome is one, at the last token."""
+        if k in self.steps_K or self.rewards_K[k].isnan():
+            return self.steps_K.get(k, [])
+        return [(len(self.drawn.completion_ids) - 1, float(self.rewards_K[k]))]
+
+
+@dataclass
+class TrainerState:
+    """What reward functions get as `trainer_state`."""
+
+    global_step: int = 0
+    """Optimisation steps taken."""
+    max_steps: int = 0
+    """Of the run."""
+
+
+class Sampler:
+    """Samples completions with an engine, or with the user's `rollout_fn`, and has them judged."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        rollout: Rollout,
+        judges: Judges,
+        rollout_fn: RolloutFunction | None = None,
+    ) -> None:
+        self.config, self.policy, self.rollout, self.judges = config, policy, rollout, judges
+        self.rollout_fn = rollout_fn
+        self.state = TrainerState()
+        self.sampling = SamplingParams(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+        )
+
+    def sample(
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        num_generations: int,
+        generator: torch.Generator,
+        *,
+        times: dict[str, float],
+        sampling: SamplingParams | None = None,
+    ) -> tuple[list[Sample], Scores]:
+        """Sample and judge completions of each prompt.
+
+        Args:
+            rows: columns of the dataset, `prompt` among them.
+            num_generations: completions of each prompt.
+            generator: the source of randomness, on the policy's device.
+            times: seconds are added to its `generate` and `reward`.
+            sampling: None for that of the run.
+        """
+        columns = {
+            name: [value for value in values for _ in range(num_generations)]
+            for name, values in rows.items()
+        }
+        prompts = columns.pop("prompt")
+        with timed(times, "generate"), self.policy.sampling():
+            drawn, extra = self._draw(
+                prompts, columns, num_generations, sampling or self.sampling, generator
+            )
+        with timed(times, "reward"):
+            completion_ids = [one.completion_ids for one in drawn]
+            texts = decode_completions(prompts, completion_ids, self.policy.tokenizer)
+            scores = self.judges.score(
+                prompts=prompts,
+                completions=texts,
+                completion_ids=completion_ids,
+                columns=columns | extra,
+                trainer_state=self.state,
+            )
+        extra |= scores.extra
+        samples = [
+            Sample(
+                prompt=prompts[i],
+                text=texts[i],
+                drawn=one,
+                rewards_K=scores.rewards_BK[i],
+                steps_K={k: steps[i] for k, steps in scores.steps.items()},
+                extra={name: values[i] for name, values in extra.items()},
+            )
+            for i, one in enumerate(drawn)
+        ]
+        return samples, scores
+
+    def _draw(
+        self,
+        prompts: list[Any],  # B
+        columns: dict[str, list[Any]],
+        num_generations: int,
+        sampling: SamplingParams,
+        generator: torch.Generator,
+    ) -> tuple[list[Drawn], dict[str, list[Any]]]:
+        """Return a completion for each prompt, and the columns a `rollout_fn` has added."""
+        if self.rollout_fn is not None:
+            engine = Engine(self.rollout, self.policy, sampling, generator, encode=self.encode)
+            return play(self.rollout_fn, prompts, columns, engine)
+        prompt_ids = [self.encode(prompt) for prompt in prompts[::num_generations]]
+        completions = self.rollout.generate(prompt_ids, num_generations, sampling, generator)
+        return completions.drawn(prompt_ids, num_generations), {}
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Return the token ids of a prompt, with what the configuration puts around it."""
+        return encode_prompt(
+            prompt,
+            self.policy.tokenizer,
+            system_prompt=self.config.system_prompt,
+            chat_template_kwargs=self.config.chat_template_kwargs,
+        )
