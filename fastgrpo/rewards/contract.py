@@ -29,7 +29,7 @@ class Scores:
     """(B, K) fp32; NaN where a function did not judge; the sum of a completion's steps."""
     steps: dict[int, list[Steps]]
     """By index of the functions that returned steps: those of each completion, a bare number being
-    one step that ends at the last token; none where it did not judge."""
+    one that ends at the last token (-1 if there is none); none where it did not judge."""
     metrics: dict[str, float]
     """Means of what the functions logged, and `rewards/{name}/exceptions` and
     `rewards/{name}/timeouts` of the whole run for functions that had some."""

@@ -20,6 +20,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,9 @@ from .functions import Failure, Outcome, Source, Traits, Value, call_all, load, 
 from .models import RewardModel
 from .names import SOFT_OVERLONG, identify, is_model, is_ours, soft_overlong_punishment, write
 from .process import Process
+
+START_TIMEOUT_S = 300.0
+"""Seconds that a process may take to start and to import what its function needs."""
 
 
 class Judges:
@@ -127,7 +131,9 @@ class Judges:
                 else:
                     source: Source = found if isinstance(found, tuple) else write(found)
                     self._processes[k] = Process(source)
-            started = {k: self._pool.submit(p.start) for k, p in self._processes.items()}
+            started = {
+                k: self._pool.submit(p.start, START_TIMEOUT_S) for k, p in self._processes.items()
+            }
             traits = {k: traits_of(function) for k, function in self.functions.items()}
             traits |= {k: future.result() for k, future in started.items()}
             self._traits: list[Traits] = [traits[k] for k in range(len(reward_funcs))]
@@ -188,8 +194,8 @@ class Judges:
             completions: (B,) texts, or lists of messages.
             completion_ids: (B,) the token ids of the completions.
             columns: the other columns of the dataset, (B,) each.
-            trainer_state: what functions that ask for it are told of the run, such as a
-                `types.SimpleNamespace` with `global_step` and `max_steps`.
+            trainer_state: has what functions are told of the run, such as `global_step` and
+                `max_steps`, as attributes; they get a copy.
 
         Raises:
             RewardError: a function returned a wrong number of values, or one that is not a finite
@@ -208,7 +214,9 @@ class Judges:
                 raise RewardError(
                     f"{name} has {len(values)} entries for {len(completions)} completions"
                 )
-        outcomes = self._call(arguments | {"trainer_state": trainer_state})
+        # Of a type that every process knows: another would be imported there, with its package.
+        state = trainer_state and SimpleNamespace(**vars(trainer_state))
+        outcomes = self._call(arguments | {"trainer_state": state})
         problems = [
             problem
             for k, outcome in enumerate(outcomes)
@@ -221,7 +229,7 @@ class Judges:
         request = self._request(arguments) if self._processes else b""
         timeout = self.timeout or 0.0  # without one there are no processes
         calls = {
-            k: self._pool.submit(process.call, request, timeout)
+            k: self._pool.submit(process.call, request, timeout, START_TIMEOUT_S)
             for k, process in self._processes.items()
         }
         here = sorted(self.functions)
@@ -335,7 +343,7 @@ def _total(value: Value) -> float:
 def _steps(value: Value, length: int) -> Steps:
     if isinstance(value, list):
         return value
-    return [] if value is None or length == 0 else [(length - 1, value)]
+    return [] if value is None else [(length - 1, value)]
 
 
 def _close(processes: dict[int, Process], pool: ThreadPoolExecutor, runner: asyncio.Runner) -> None:

@@ -17,8 +17,6 @@ from pathlib import Path
 from .functions import Outcome, Source, Traits, failed, place
 from .worker import receive, send
 
-START_TIMEOUT_S = 300.0
-"""Seconds that a process may take to start and to import what its function needs."""
 _CLOSE_TIMEOUT_S = 2.0  # for what a function has registered with atexit
 _KILL_TIMEOUT_S = 10.0  # a process that a driver holds does not even end when killed
 _STACK_TIMEOUT_S = 0.5
@@ -44,8 +42,8 @@ class Process:
         self._popen: subprocess.Popen[bytes] | None = None
         self._lifeline = self._stack = -1
 
-    def start(self, seconds: float = START_TIMEOUT_S) -> Traits:
-        """Start the process and return what it found.
+    def start(self, seconds: float) -> Traits:
+        """Start the process, in so much time, and return what it found.
 
         Raises:
             ValueError: loading the function raised something, took too long or ended the process.
@@ -69,16 +67,17 @@ class Process:
         name = repr(self.source[1]) if self.source[0] == "name" else "given as an object"
         return f"reward function {name}"
 
-    def call(self, request: bytes, seconds: float) -> Outcome:
+    def call(self, request: bytes, seconds: float, start_seconds: float) -> Outcome:
         """Call the function; a process that was ended is started again, which does not count.
 
         Args:
             request: a pickle of a seed and the arguments.
             seconds: that the call may take.
+            start_seconds: that starting may take.
         """
         try:
             if self._popen is None:
-                self.start()
+                self.start(start_seconds)
         except (ValueError, ImportError, OSError) as error:
             return failed("exception", f"could not be started again: {error}")
         try:

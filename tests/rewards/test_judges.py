@@ -1,0 +1,304 @@
+"""What reward functions are given, what they may return, and what is made of it."""
+
+import asyncio
+import datetime
+import math
+import time
+from decimal import Decimal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastgrpo.rewards import Judges, RewardError, accuracy, decode_completions
+
+HERE, APART = None, 60.0  # reward_timeout
+both = pytest.mark.parametrize("reward_timeout", [HERE, APART], ids=["here", "apart"])
+
+
+class FakeTokenizer:
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(map(chr, ids))
+
+
+def test_completions_take_the_form_of_their_prompts():
+    prompts = ["Hi", [{"role": "user", "content": "Hi"}]]
+    assert decode_completions(prompts, [[65], [66]], FakeTokenizer()) == [
+        "A",
+        [{"role": "assistant", "content": "B"}],
+    ]
+
+
+@both
+def test_functions_are_called_by_keyword_with_all_that_trl_gives(judge, reward_timeout):
+    def everything(*args, **kwargs):
+        assert args == ()
+        assert kwargs.pop("trainer_state").global_step == 7
+        assert callable(kwargs.pop("log_metric")) and callable(kwargs.pop("log_extra"))
+        assert kwargs == {
+            "prompts": ["p", "p"],
+            "completions": ["a", "bcd"],
+            "completion_ids": [[1, 4], [2, 3, 4]],
+            "answer": ["x", "y"],
+        }
+        return [1, None]
+
+    def those_it_names(completions, answer):
+        return [len(c) + ord(a) for c, a in zip(completions, answer, strict=True)]
+
+    def also_with_defaults(answer, trainer_state=None, scale=2.0):
+        return [trainer_state.max_steps * scale for _ in answer]
+
+    _, score = judge(
+        everything,
+        those_it_names,
+        also_with_defaults,
+        columns={"answer": ["x", "y"]},
+        trainer_state=SimpleNamespace(global_step=7, max_steps=9),
+        reward_timeout=reward_timeout,
+    )
+    rewards_BK = score().rewards_BK
+    assert rewards_BK.dtype == torch.float32
+    assert rewards_BK.shape == (2, 3)
+    assert rewards_BK[:, 1:].tolist() == [[121.0, 18.0], [124.0, 18.0]]
+    assert rewards_BK[0, 0] == 1.0
+    assert math.isnan(rewards_BK[1, 0])
+
+
+@both
+def test_columns_of_any_type_arrive(judge, reward_timeout):
+    columns = {
+        "day": [datetime.date(2024, 2, 29), datetime.date(1, 1, 1)],
+        "time": [datetime.datetime(2024, 2, 29, 1, tzinfo=datetime.UTC)] * 2,
+        "price": [Decimal("0.10"), None],
+        "tests": [{"in": [1, 2], "bytes": b"\x00\n"}, {}],
+        "array": [np.arange(3), np.zeros(0)],
+    }
+
+    def reads(day, time, price, tests, array, **columns):
+        assert time[0].tzinfo is not None and str(price[0]) == "0.10" and price[1] is None
+        assert tests == [{"in": [1, 2], "bytes": b"\x00\n"}, {}]
+        return [d.year + a.sum() for d, a in zip(day, array, strict=True)]
+
+    _, score = judge(reads, columns=columns, reward_timeout=reward_timeout)
+    assert score().rewards_BK.tolist() == [[2027], [1]]
+
+
+def test_arguments_that_cannot_leave_are_named(judge):
+    stuck = (x for x in "ab")
+    _, score = judge(lambda **c: [0, 0], columns={"stuck": [stuck, stuck]})
+    with pytest.raises(RewardError, match=r"cannot be sent .*generator.*reward_timeout: null"):
+        score()
+
+
+@both
+def test_every_kind_of_number_is_accepted(judge, reward_timeout):
+    def f(prompts, **columns):
+        return {
+            "plain": [True, False],
+            "numpy": (np.float32(1), np.bool_(False)),
+            "scalars": [torch.tensor(1), np.array(0.0)],
+            "array": np.array([1.0, 0.0]),
+            "tensor": torch.tensor([1, 0]),
+        }[prompts[0]]
+
+    _, score = judge(f, reward_timeout=reward_timeout)
+    for kind in ("plain", "numpy", "scalars", "array", "tensor"):
+        assert score(prompts=[kind] * 2).rewards_BK.tolist() == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize("errors", ["stop", "none"])
+@pytest.mark.parametrize(
+    "value",
+    ["1", b"1", math.nan, math.inf, 1e300, 10**400, [1.0], np.array([1.0]), torch.ones(1), 1j, {}],
+)
+def test_a_value_that_is_no_finite_number_is_named(judge, value, errors):
+    def judge_badly(**columns):
+        return [0.0, value]
+
+    _, score = judge(judge_badly, reward_timeout=None, reward_errors=errors)
+    with pytest.raises(
+        RewardError, match=r"'judge_badly' returned .* for completion 1; return a fin"
+    ):
+        score()
+
+
+@both
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "'short' returned 1 values for 2 completions; return a list with one"),
+        ([1.0] * 3, "'short' returned 3 values for 2 completions"),
+        (None, "'short' returned None for 2 completions"),
+        (1.0, r"'short' returned 1\.0 for 2 completions"),
+        ([0, [(3, 1.0)]], r"the step \(3, 1\.0\) for completion 1, which has 3 tokens"),
+        ([0, [(-1, 1.0)]], r"the step \(-1, 1\.0\) for completion 1"),
+        ([0, [(0, math.nan)]], r"the step \(0, nan\) for completion 1.*finite reward"),
+        ([0, [(0, 1.0, 2.0)]], "the step"),
+        ([0, [(0.5, 1.0)]], "the step"),
+        ([0, [()]], "the step"),
+    ],
+)
+def test_what_breaks_the_contract_stops_whatever_the_policy(judge, values, message, reward_timeout):
+    def short(**columns):
+        return values
+
+    _, score = judge(short, reward_timeout=reward_timeout, reward_errors="none")
+    with pytest.raises(RewardError, match=message):
+        score()
+
+
+@both
+def test_rewards_of_steps(judge, reward_timeout):
+    def steps(completions, **columns):
+        return [[(0, 0.5), (1, -0.25)], np.float64(2)]
+
+    def gaps(completions, **columns):
+        return [None, [[np.int64(2), np.float16(3)]]]
+
+    def whole(completions, **columns):
+        return [1, 2]
+
+    def nothing(completions, **columns):
+        return [[], [(1, 1.0)]]
+
+    _, score = judge(steps, gaps, whole, nothing, reward_timeout=reward_timeout)
+    scores = score()
+    assert scores.steps == {
+        0: [[(0, 0.5), (1, -0.25)], [(2, 2.0)]],
+        1: [[], [(2, 3.0)]],
+        3: [[], [(1, 1.0)]],
+    }
+    nan = math.nan
+    expected = torch.tensor([[0.25, nan, 1, nan], [2, 3, 2, 1]])
+    torch.testing.assert_close(scores.rewards_BK, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@both
+def test_what_functions_log(judge, reward_timeout):
+    def first(completions, log_metric, log_extra, **columns):
+        log_metric("words", 3)
+        log_metric("words", np.float32(5))
+        log_extra("read", ["a", "b"])
+        log_extra("same", [1, 2])
+        return [0, 0]
+
+    async def second(completions, log_metric, log_extra, **columns):
+        log_metric("words", 10.0)
+        log_extra("read", ["c"])
+        await asyncio.sleep(0)
+        log_extra("read", ("d",))
+        log_extra("same", [1, 2])
+        return [0, 0]
+
+    _, score = judge(first, second, reward_timeout=reward_timeout)
+    scores = score()
+    assert scores.metrics == {"words": 6.0}
+    assert scores.extra == {"read": ["a", "b"], "same": [1, 2], "second/read": ["c", "d"]}
+    assert scores.problems == []
+    assert score().metrics == {"words": 6.0}
+
+
+@both
+def test_extra_columns_have_a_value_for_each_completion(judge, reward_timeout):
+    def logs(log_extra, **columns):
+        log_extra("read", ["a"])
+        return [0, 0]
+
+    _, score = judge(logs, reward_timeout=reward_timeout)
+    with pytest.raises(RewardError, match="'logs' logged 1 values of 'read' for 2 completions"):
+        score()
+
+
+@both
+def test_async_functions_run_at_once_in_a_loop_that_stays(judge, reward_timeout):
+    loops = []
+
+    async def first(**columns):
+        await asyncio.sleep(0.4)
+        loops.append(asyncio.get_running_loop())
+        return [len(loops), float(all(loop is loops[0] for loop in loops))]
+
+    class Second:
+        async def __call__(self, **columns):
+            await asyncio.sleep(0.4)
+            return [1, 2]
+
+    judges, score = judge(first, Second(), reward_timeout=reward_timeout)
+    assert judges.names == ["first", "Second"]
+    start = time.perf_counter()
+    assert score().rewards_BK.tolist() == [[1, 1], [1, 2]]
+    assert time.perf_counter() - start < 0.75
+    assert score().rewards_BK.tolist() == [[2, 1], [1, 2]]
+
+
+def test_async_functions_where_a_loop_runs_already_as_in_a_notebook(judge):
+    async def slow(**columns):
+        await asyncio.sleep(0)
+        return [1, 2]
+
+    def starts_its_own(**columns):
+        return asyncio.run(slow())
+
+    _, score = judge(slow, reward_timeout=None)
+
+    async def cell():
+        return score()
+
+    assert asyncio.run(cell()).rewards_BK.tolist() == [[1], [2]]
+    _, score = judge(starts_its_own, reward_timeout=None)
+    assert score().rewards_BK.tolist() == [[1], [2]]
+
+
+def test_random_numbers_of_a_function_depend_on_the_seed_and_the_completions_alone(judge):
+    def draws(**columns):
+        import random
+
+        return [random.random(), np.random.rand()]
+
+    def values(score, **arguments):
+        return tuple(score(**arguments).rewards_BK[:, 0].tolist())
+
+    _, score = judge(draws, seed=1)
+    first = values(score)
+    assert first[1] != values(score, completion_ids=[[1], [2]])[1]
+    assert values(score) == first  # a resumed run has not made the calls in between
+    _, other = judge(draws, seed=2)
+    assert set(first).isdisjoint(values(other))
+
+
+@both
+def test_columns_are_checked_before_anything_is_sampled(judge, reward_timeout):
+    def f(completions, gold, level=0):
+        return []
+
+    judges, _ = judge(f, "accuracy", reward_timeout=reward_timeout)
+    judges.check_columns(["prompt", "answer", "gold"])
+    with pytest.raises(ValueError, match="'f' needs 'gold', and the dataset has prompt, answer"):
+        judges.check_columns(["prompt", "answer"])
+    with pytest.raises(ValueError, match="'solution' or 'answer'; the dataset has gold"):
+        judges.check_columns(["prompt", "gold"])
+    for name in ("completions", "trainer_state", "log_extra"):
+        with pytest.raises(RewardError, match=f"{name!r} is an argument's name; rename"):
+            judges.check_columns(["prompt", "answer", "gold", name])
+
+
+def test_arguments_that_do_not_fit_are_named(judge):
+    _, score = judge("tag_count")
+    with pytest.raises(RewardError, match="answer has 1 entries for 2 completions"):
+        score(columns={"answer": ["x"]})
+    with pytest.raises(RewardError, match="completion_ids has 1 entries for 2 completions"):
+        score(completion_ids=[[1]])
+    with pytest.raises(RewardError, match="'completions' is an argument's name; rename"):
+        score(columns={"completions": ["x", "y"]})
+
+
+def test_built_in_functions_are_called_here():
+    with Judges([accuracy, "format", "fastgrpo.tasks.arithmetic:exact_match"]) as judges:
+        assert sorted(judges.functions) == [0, 1, 2]
+        scores = judges.score(
+            prompts=["2+2="], completions=["4"], completion_ids=[[1]], columns={"answer": ["4"]}
+        )
+    assert scores.rewards_BK.tolist() == [[1, 0, 1]]
