@@ -1,14 +1,23 @@
 """A headless Chromium, spoken to in the DevTools protocol through a pipe."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+)
 
 
 def find_browser() -> str | None:
@@ -25,30 +34,18 @@ class Browser:
         # The browser reads commands from its descriptor 3 and answers on 4.
         commands, self._send = os.pipe()
         self._receive, answers = os.pipe()
-        for end in (commands, answers):
-            os.set_inheritable(end, True)
-        self._process = subprocess.Popen(
-            [
-                "sh",
-                "-c",
-                f'exec "$@" 3<&{commands} 4>&{answers}',
-                "browser",
-                path,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--hide-scrollbars",
-                "--no-first-run",
-                "--remote-debugging-pipe",
-                f"--user-data-dir={profile}",
-            ],
-            pass_fds=(commands, answers),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        # Out of the way of 3 and 4, which are assigned one after the other.
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands, answers)]
+        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+        pipes = [(os.POSIX_SPAWN_DUP2, end, fd) for end, fd in zip(high, (3, 4), strict=True)]
+        self._process = os.posix_spawn(
+            path,
+            [path, *OPTIONS, f"--user-data-dir={profile}"],
+            os.environ,
+            file_actions=[*quiet, *pipes],
         )
-        os.close(commands)
-        os.close(answers)
+        for end in (commands, answers, *high):
+            os.close(end)
         self._buffer = b""
         self._count = 0
         self._session: str | None = None
@@ -121,7 +118,7 @@ class Browser:
         self.call("Browser.close")
         os.close(self._send)
         os.close(self._receive)
-        self._process.wait(10)
+        os.waitpid(self._process, 0)
 
     def _read(self) -> dict:
         deadline = time.monotonic() + 60
