@@ -85,9 +85,9 @@ def test_one_function_that_judged_one_completion_says_nothing():
 
 
 def test_gdpo_sees_a_small_reward_beside_a_large_one():
-    """2 ** -20 of fp32 would be rounding if the two were added."""
+    """2 ** -30 of fp32 would be rounding if the two were added."""
     large = torch.tensor([2.0**24] * 2 + [0.0] * 2)
-    small = torch.tensor([0.0, 1, 1, 0]) * 2.0**-20
+    small = torch.tensor([0.0, 1, 1, 0]) * 2.0**-30
     rewards = torch.stack([large, small], dim=1)
     options = {"advantage_eps": 0.0, "std": "population"}
     result = group_advantages(rewards, [1.0, 1.0], 4, **options, **GDPO)

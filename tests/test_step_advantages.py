@@ -141,6 +141,15 @@ def test_steps_are_read_in_the_type_of_outcomes():
         assert step_advantages(merged, [1, 1], 2).zero_std.tolist() == [silent]
 
 
+def test_sums_that_differ_by_rounding_alone_are_equal():
+    rewards = torch.tensor([[0.1, 0.2], [0.3, 0.0], [0.15, 0.15]])
+    assert rewards.double().sum(1).unique().numel() > 1
+    steps = merge_steps(rewards, [1.0, 1.0], {}, [1, 1, 1])
+    result = step_advantages(steps, [1, 1, 1], 3, advantage_eps=0.0)
+    assert result.advantages.tolist() == [0, 0, 0]
+    assert result.zero_std.tolist() == [True]
+
+
 @pytest.mark.parametrize(
     ("steps", "lengths", "options", "message"),
     [
