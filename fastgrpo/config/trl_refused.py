@@ -36,7 +36,7 @@ INSTEAD: dict[str, str] = {
         ("full_determinism", "seed decides whatever is random; leave it out"),
         ("debug", "there is no such switch; leave it out"),
         # The model.
-        ("lora_target_parameters", "write lora_target_modules"),
+        ("lora_target_parameters", "adapters are for linear layers; write lora_target_modules"),
         ("lora_modules_to_save", "only adapters are trained; leave it out, or use_peft"),
         ("lora_task_type", "the model is a causal LM; leave it out"),
         ("use_rslora", "multiply lora_alpha by the square root of lora_r instead"),
