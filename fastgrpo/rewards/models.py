@@ -156,7 +156,9 @@ def reward_model_bytes(name: str, *, on_gpu: bool, trust_remote_code: bool = Fal
     config = _load_config(_place(name), trust_remote_code)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     with torch.device("meta"):
-        model: nn.Module = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        model: nn.Module = AutoModelForSequenceClassification.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 

@@ -84,7 +84,9 @@ def test_a_module_from_no_checkpoint_needs_its_tokenizer(checkpoint):
     config = AutoModelForSequenceClassification.from_pretrained(checkpoint).config
     config._name_or_path = ""
     model = AutoModelForSequenceClassification.from_config(config)
-    with pytest.raises(ValueError, match="not loaded from a checkpoint.*reward_processing_classes"):
+    with pytest.raises(
+        ValueError, match=r"not loaded from a checkpoint.*reward_processing_classes"
+    ):
         Judges([model], device="cpu")
     with Judges([model], reward_processing_classes=[small_tokenizer()], device="cpu") as judges:
         assert judges.names == ["Qwen3ForSequenceClassification"]
@@ -97,7 +99,7 @@ def test_the_end_token_pads_where_there_is_no_padding_token(tmp_path):
     with Judges([path], device="cpu") as judges:
         assert score(judges, TEXTS) == pytest.approx(expected, abs=2e-5)
     path = save_reward_model(tmp_path / "other", pad_token=None, eos_token=None)
-    with pytest.raises(ValueError, match="'other': .*neither a padding nor an end token"):
+    with pytest.raises(ValueError, match=r"'other': .*neither a padding nor an end token"):
         Judges([path], device="cpu")
 
 

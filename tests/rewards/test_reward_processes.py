@@ -116,7 +116,7 @@ def test_what_hangs_is_ended_and_told_where_it_was(write, judge, name, where):
 def test_timeouts_and_exceptions_count_and_the_next_call_starts_another(write, judge):
     mine = write(HOSTILE)
     _, score = judge(
-        mine + "sleeps", mine + "leaves", "tag_count", reward_timeout=2, reward_errors="none"
+        mine + "sleeps", mine + "leaves", "tag_count", reward_timeout=1, reward_errors="none"
     )
     good = {"completions": ["b", "c"]}
     assert score(**good).metrics == {}
