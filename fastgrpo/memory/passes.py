@@ -144,6 +144,8 @@ def _run(architecture: PreTrainedConfig, this: Pass, layers: int | None, units: 
                 if not packed:  # they are taken out of the padding
                     hidden_NH = hidden_NH.index_select(0, ids_BL.flatten())
             weight_VH = model.get_output_embeddings().weight
+            if not this.with_backward:  # no gradient of it is kept
+                weight_VH = weight_VH.detach()
             loss: Any = _Loss.apply(hidden_NH, weight_VH, live, this.loss)
             del hidden_NH
             if this.with_backward:

@@ -274,7 +274,8 @@ class Planner:
                 for layer in layers_of(model)
             ]
             return Sizes(
-                parameters=sum(p.numel() for p in parameters),
+                # Of 4-bit weights two are in a byte.
+                parameters=sum(p.numel() * (1 + (p.dtype == torch.uint8)) for p in parameters),
                 weights=sum(x.nbytes for x in (*parameters, *model.buffers())),
                 trainable=sum(p.numel() for p in trained),
                 gradients=sum(p.nbytes for p in trained),
