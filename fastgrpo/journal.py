@@ -55,7 +55,7 @@ class Journal:
             prompt=sample.prompt,
             completion=sample.text,
             rewards=dict(zip(self.reward_names, sample.rewards_K.tolist(), strict=True)),
-            advantage=advantage.mean().item(),
+            advantage=advantage.mean().nan_to_num().item(),
         )
         if logged:
             self.run.add_completions(

@@ -31,7 +31,7 @@ def test_a_new_run_directory_every_time(tmp_path, monkeypatch, config_file, caps
     assert first.name.startswith("tiny-")
     printed = capsys.readouterr().out
     for run in (first, second):
-        assert {p.name for p in run.iterdir()} == {
+        assert {p.name for p in run.iterdir()} - {"warnings.jsonl"} == {
             "config.yaml", "metrics.jsonl", "completions.jsonl", "rewards.jsonl", "summary.json",
             "curves.png",
             "final",
@@ -109,13 +109,15 @@ def test_a_reward_that_breaks_its_contract_ends_the_run_with_a_sentence(
     assert "Traceback" not in error
 
 
-def test_a_reward_without_room_for_the_columns_is_named(tmp_path, monkeypatch, config_file, capsys):
+def test_a_reward_that_needs_a_column_that_is_not_there_is_named(
+    tmp_path, monkeypatch, config_file, capsys
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "judge.py").write_text("def judge(completions):\n    return []\n")
+    (tmp_path / "judge.py").write_text("def judge(completions, gold):\n    return []\n")
     assert main(["train", str(config_file), "reward_funcs=[judge.py:judge]"]) == 2
-    error = capsys.readouterr().err
-    assert "reward function 'judge' cannot be called" in error
-    assert "take what is not needed as **columns" in error
+    assert "reward function 'judge' needs 'gold', and the dataset has prompt" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_key_given_twice_and_a_model_without_tokenizer_are_named(

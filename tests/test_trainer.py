@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastgrpo.assets import Assets, load_assets
 from fastgrpo.config import config_from, load_config
 from fastgrpo.evaluate import Evaluator
+from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.static import StaticCacheRollout
 from fastgrpo.trainer import Trainer
 
@@ -164,7 +165,7 @@ def test_chat_prompts_go_through_the_template_and_come_back_as_messages(tmp_path
 
 
 def test_the_gsm8k_configuration_is_one_that_runs(tmp_path):
-    """The very path of configs/gsm8k_qwen2.5_0.5b.yaml, on local files in GSM8K's format."""
+    """The very path of configs/gsm8k_qwen2.5_0.5b_24gb.yaml, on local files in GSM8K's format."""
     path = tmp_path / "gsm8k.jsonl"
     rows = [
         {"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"}
@@ -173,7 +174,7 @@ def test_the_gsm8k_configuration_is_one_that_runs(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = save_small_model(tmp_path / "model", "qwen2", tie=True)
     config = load_config(
-        "configs/gsm8k_qwen2.5_0.5b.yaml",
+        "configs/gsm8k_qwen2.5_0.5b_24gb.yaml",
         [
             f"model_name_or_path={model}",
             f"dataset_name={path}",

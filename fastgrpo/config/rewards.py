@@ -52,11 +52,15 @@ class RewardOptions:
                 yield f"reward_funcs: must be names such as 'my_rewards.py:brevity', got {name!r}"
         if not all(map(math.isfinite, self.reward_weights or [])):
             yield f"reward_weights: must be finite, got {self.reward_weights}"
-        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
-            yield (
-                f"scale_rewards: {self.scale_rewards} has no effect with "
-                "multi_objective_aggregation: normalize_then_sum, which scales in its own way"
-            )
+        own = {"scale_rewards": "group", "advantage_baseline": "mean"}
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            for name, value in own.items():
+                if getattr(self, name) != value:
+                    yield (
+                        f"{name}: {getattr(self, name)} has no effect with "
+                        "multi_objective_aggregation: normalize_then_sum, which compares each "
+                        f"reward with the mean of its group and scales it; leave {name} out"
+                    )
         yield from above_zero(self, "reward_timeout")
         yield from at_least(self, 0, "advantage_eps")
         yield from at_least(self, 1, "soft_punish_cache")
