@@ -78,8 +78,8 @@ class Engine:
         """Sample one completion of each prompt, all of them together.
 
         Args:
-            prompt_ids: all that the model is to read, earlier turns included; equal ones next to
-                each other are read once. None at all is none to sample.
+            prompt_ids: all that the model is to read, earlier turns included; where they come in
+                groups of equal ones, all as large, each group is read once. No prompt, no sample.
             max_completion_length: tokens that each may have, or each its own number of them; None:
                 as many as a completion of the run.
             stop_token_ids: tokens that end a completion beside the end-of-sequence tokens; the one
