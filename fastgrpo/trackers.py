@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,9 +70,7 @@ class WandB:
     """A run of Weights & Biases; its own variables (WANDB_MODE, WANDB_PROJECT, ...) count."""
 
     def __init__(self, config: TrainConfig, run_path: Path) -> None:
-        import wandb
-
-        self._wandb: Any = wandb
+        self._wandb: Any = import_module("wandb")
         self._own = self._wandb.run is None  # else it is the user's, who finishes it
         # A recorded live area would be a file of nothing but redrawn lines.
         quiet = {"console": "off"} if sys.stdout.isatty() else {}
@@ -104,9 +103,7 @@ class Trackio:
     """A run of trackio, in its local database or, with TRACKIO_SPACE_ID, in a Space."""
 
     def __init__(self, config: TrainConfig, run_path: Path) -> None:
-        import trackio
-
-        self._trackio: Any = trackio
+        self._trackio: Any = import_module("trackio")
         self._run = self._trackio.init(
             project=config.project,
             name=_name(config, run_path),
@@ -128,7 +125,7 @@ class Trackio:
 
     def close(self, *, failed: bool) -> None:
         """Send what is left."""
-        self._run.finish()
+        self._trackio.finish()
 
 
 BACKENDS: dict[str, Callable[[TrainConfig, Path], Backend]] = {
