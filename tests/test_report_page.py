@@ -1,10 +1,12 @@
 """The page of a run: its numbers in Python, then what a browser makes of it."""
 
+import itertools
 import json
 import math
 import re
 import statistics
 
+import numpy as np
 import pytest
 import yaml
 from browser import Browser, find_browser
@@ -14,6 +16,7 @@ from fastgrpo.report import write_report
 from fastgrpo.report.chart import Chart, Series, draw
 from fastgrpo.report.completions import MOST_BYTES, MOST_CHARACTERS, browsable
 from fastgrpo.report.files import read_run
+from fastgrpo.report.page import TEMPLATE
 from fastgrpo.report.panels import curves, evaluations
 from fastgrpo.report.totals import histograms, timings
 
@@ -446,13 +449,16 @@ def test_nothing_is_cut_off_and_all_is_readable(browser, tmp_path, width, scheme
     browser.open(write_report(path))
     choose(browser, "step", "")
     assert browser.value("document.documentElement.scrollWidth") <= width
+    wide = "[...document.querySelectorAll('pre')].filter(p => p.scrollWidth > p.clientWidth).length"
+    assert browser.value(wide) == 0
     outside = """[...document.querySelectorAll('svg.plot text')].filter((t) => {
       const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
       return a.left < b.left || a.right > b.right || a.top < b.top - 1 || a.bottom > b.bottom + 1;
     }).map((t) => t.textContent)"""
     assert browser.value(outside) == []
     overlapping = """[...document.querySelectorAll('svg.plot')].filter((plot) => {
-      const boxes = [...plot.querySelectorAll('text.x:not(.label)')].map((t) => t.getBoundingClientRect());
+      const labels = [...plot.querySelectorAll('text.x:not(.label)')];
+      const boxes = labels.map((t) => t.getBoundingClientRect());
       return boxes.some((b, i) => i && b.left < boxes[i - 1].right);
     }).length"""
     assert browser.value(overlapping) == 0
@@ -488,6 +494,46 @@ def luminance(colour):
 
 def contrast(a, b):
     return (max(a, b) + 0.05) / (min(a, b) + 0.05)
+
+
+# What reaches the cones of people who lack one kind: Machado, Oliveira, Fernandes (2009), severity 1.
+VISION = {
+    "normal": np.eye(3),
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+WHITE = np.array([0.9505, 1.0, 1.089])
+
+
+def cielab(hexadecimal, vision):
+    rgb = np.array([int(hexadecimal[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x = XYZ @ np.clip(np.array(VISION[vision]) @ linear, 0, 1) / WHITE
+    f = np.where(x > 0.008856, np.cbrt(x), 7.787 * x + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_colours_of_curves_are_told_apart(vision):
+    colours = re.findall(r"--c\d: #(\w{6})", (TEMPLATE / "page.css").read_text())
+    assert len(colours) == 16
+    for scheme in (colours[:8], colours[8:]):
+        for a, b in itertools.combinations(scheme, 2):
+            assert np.linalg.norm(cielab(a, vision) - cielab(b, vision)) >= 20, (a, b)
 
 
 @needs_browser
