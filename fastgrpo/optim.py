@@ -23,24 +23,25 @@ def build_optimizer(
 ) -> tuple[Optimizer, LRScheduler]:
     """Return AdamW and the learning-rate schedule over `num_steps` optimisation steps.
 
-    Weight decay leaves out vectors: biases and the gains of norms.
+    Weight decay leaves out vectors, biases and the gains of norms; the last two by their names
+    too, since those of some models are matrices (gpt-oss, Cohere).
 
     Raises:
         ValueError: no parameter is trainable, updates would be lost in the type of the parameters,
-            the optimizer's package is missing, or an unknown schedule.
+            the optimizer's package is missing, or a schedule without what it needs.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-    _check_types({p.dtype for p in trainable}, config)
-    matrices = {
-        "params": [p for p in trainable if p.dim() >= 2],
-        "weight_decay": config.weight_decay,
-    }
-    vectors = {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}
-    optimizer = _adamw(
-        config, [group for group in (matrices, vectors) if group["params"]], trainable[0].device
-    )
+    _check_types({p.dtype for p in trainable.values()}, config)
+    decayed = [p for name, p in trainable.items() if _decays(name, p)]
+    others = [p for name, p in trainable.items() if not _decays(name, p)]
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if parameters
+    ]
+    optimizer = _adamw(config, groups, next(iter(trainable.values())).device)
     try:
         scheduler = get_scheduler(
             config.lr_scheduler_type,
@@ -49,13 +50,24 @@ def build_optimizer(
             num_training_steps=num_steps,
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"lr_scheduler_type: {error}") from None
+    except TypeError as error:
+        name = config.lr_scheduler_type
+        raise ValueError(f"lr_scheduler_kwargs: not those that {name} needs: {error}") from None
     return optimizer, scheduler
 
 
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    module_and_name = ".".join(name.lower().rsplit(".", 2)[-2:])
+    return parameter.dim() >= 2 and not any(x in module_and_name for x in ("bias", "norm"))
+
+
 def warmup_steps(config: TrainConfig, num_steps: int) -> int:
-    """Return the steps over which the learning rate rises, of a run of `num_steps` (as TRL's)."""
+    """Return the steps over which the learning rate rises, of a run of `num_steps`.
+
+    As transformers' `TrainingArguments.get_warmup_steps`: a share below 1 is rounded up.
+    """
     steps = config.warmup_steps
     return math.ceil(steps * num_steps) if steps < 1 else int(steps)
 

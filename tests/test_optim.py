@@ -1,5 +1,6 @@
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,17 @@ from peft import LoraConfig, get_peft_model
 from small_models import small_model
 from torch import nn
 from torch.optim import AdamW
-from transformers import get_cosine_schedule_with_warmup
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+    optimization,
+)
 
 from fastgrpo.config import ConfigError, TrainConfig
-from fastgrpo.optim import build_optimizer, clip_gradients, optimizer_bytes
+from fastgrpo.optim import build_optimizer, clip_gradients, optimizer_bytes, warmup_steps
 
 
 @pytest.mark.gpu
@@ -192,3 +200,148 @@ def test_vectors_are_not_decayed():
     assert isinstance(optimizer, AdamW)
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {model.matrix: 0.1, model.unused: 0.1, model.vector: 0.0, model.scalar: 0.0}
+
+
+# Parameters that HF's Trainer decays and we do not: vectors that are neither biases nor called a
+# norm as it expects.
+ONLY_THEIRS = {
+    "qwen2": set(),
+    "qwen3": set(),
+    "llama": set(),
+    "gemma3_text": set(),
+    "gpt2": set(),
+    "cohere": set(),  # has norms of queries and keys whose gains are matrices
+    "gpt_oss": {"model.layers.0.self_attn.sinks"},  # and biases of its experts that are matrices
+    "mamba": {"backbone.layers.0.mixer.D", "backbone.norm_f.weight"},
+}
+SIZES = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": 1,
+}  # fmt: skip
+OWN_SIZES = {
+    "cohere": {"use_qk_norm": True},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("architecture", ONLY_THEIRS)
+def test_weight_decay_is_of_what_the_trainer_of_transformers_decays(architecture):
+    sizes = SIZES | OWN_SIZES.get(architecture, {})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
+    optimizer, _ = build_optimizer(model, train_config(), STEPS)
+    groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in optimizer.param_groups}
+    assert groups.keys() == {0.1, 0.0}
+    names = {name: id(p) for name, p in model.named_parameters()}
+    assert groups[0.1] | groups[0.0] == set(names.values())
+    assert not groups[0.1] & groups[0.0]
+    ours = {name for name, p in names.items() if p in groups[0.1]}
+    theirs = names.keys() & Trainer.get_decay_parameter_names(None, model)  # tied ones have two
+    assert theirs - ours == ONLY_THEIRS[architecture]
+    assert not ours - theirs
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of it
+def test_all_of_the_adapters_is_decayed():
+    model = get_peft_model(small_model(), LoraConfig(r=4, target_modules="all-linear"))
+    optimizer, _ = build_optimizer(model, train_config(use_peft=True), STEPS)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1]
+
+
+@pytest.mark.parametrize("steps", [0, 0.01, 0.25, 0.3, 0.999, 1, 7, 40])
+@pytest.mark.parametrize("num_steps", [1, 10, 20, 333])
+def test_warmup_is_as_long_as_in_transformers(steps, num_steps):
+    arguments = SimpleNamespace(warmup_steps=steps)
+    expected = TrainingArguments.get_warmup_steps(arguments, num_steps)
+    assert warmup_steps(TrainConfig(warmup_steps=steps), num_steps) == expected
+
+
+def test_a_share_that_does_not_come_out_even_is_rounded_up():
+    assert warmup_steps(TrainConfig(warmup_steps=0.15), 10) == 2
+    assert warmup_steps(TrainConfig(warmup_steps=0.001), 10) == 1
+
+
+SCHEDULES = {
+    "linear": ({}, optimization.get_linear_schedule_with_warmup),
+    "cosine": ({"num_cycles": 0.4}, optimization.get_cosine_schedule_with_warmup),
+    "cosine_with_restarts": (
+        {"num_cycles": 3},
+        optimization.get_cosine_with_hard_restarts_schedule_with_warmup,
+    ),
+    "cosine_with_min_lr": (
+        {"min_lr_rate": 0.1},
+        optimization.get_cosine_with_min_lr_schedule_with_warmup,
+    ),
+    "polynomial": (
+        {"power": 2.0, "lr_end": 1e-4},
+        optimization.get_polynomial_decay_schedule_with_warmup,
+    ),
+    "warmup_stable_decay": (
+        {"num_decay_steps": 6, "min_lr_ratio": 0.2, "decay_type": "1-sqrt"},
+        optimization.get_wsd_schedule,
+    ),
+    "inverse_sqrt": ({"timescale": 4}, optimization.get_inverse_sqrt_schedule),
+    "constant_with_warmup": ({}, optimization.get_constant_schedule_with_warmup),
+    "constant": ({}, optimization.get_constant_schedule),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_are_those_of_the_schedule_of_transformers(name):
+    options, schedule = SCHEDULES[name]
+    expected = options.copy()
+    if name != "constant":
+        expected["num_warmup_steps"] = 3  # 0.15 of 20
+    if name not in ("constant", "constant_with_warmup", "inverse_sqrt"):
+        expected["num_training_steps"] = STEPS
+    config = TrainConfig(
+        learning_rate=1e-2,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=options or None,
+        warmup_steps=0 if name == "constant" else 0.15,
+    )
+    optimizer, scheduler = build_optimizer(Weights(), config, STEPS)
+    plain = AdamW(Weights().parameters(), lr=1e-2)
+    wanted = rates(plain, schedule(plain, **expected))
+    found = rates(optimizer, scheduler)
+    assert found == wanted  # of both groups
+    assert max(found) == found[3] == 1e-2
+
+
+def rates(optimizer, scheduler):
+    found = []
+    for _ in range(STEPS):
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        found.append(rate)
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"lr_scheduler_kwargs": {"foo": 1}},
+            "lr_scheduler_kwargs: not those that linear needs: .*'foo'",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr_rate should be set"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_take_or_lacks_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(Weights(), TrainConfig(**values), STEPS)
+
+
+def test_without_a_largest_norm_gradients_are_left_as_they_are():
+    model = Weights()
+    model.set_gradients(0)
+    given = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in given.values()))
+    assert norm > 1
+    assert clip_gradients(model, 0) == pytest.approx(norm, rel=1e-6)
+    assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, given)
+    model.vector.grad[0] = torch.inf
+    with pytest.raises(FloatingPointError):
+        clip_gradients(model, 0)
