@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import NO_EOS, PAD, PROMPTS, forward_logps, generate_greedily, greedy, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, Qwen3Config
 
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.cache import FullLayer
@@ -178,6 +178,20 @@ def test_a_row_draws_the_same_tokens_in_any_batch():
     for other in results[1:]:
         assert torch.equal(other.ids, results[0].ids)
         torch.testing.assert_close(other.logps, results[0].logps, atol=5e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_at_their_own_length_need_no_further_positions():
+    """GPT-2 has a table of them, and a row may stay until others have ended."""
+    static = StaticCacheRollout(tiny(GPT2Config, max_position_embeddings=24), **NO_EOS)._model
+    sampling, lengths = SamplingParams(max_completion_length=20), [20, 17, 3, 1]
+    prompts = static.prefill(PROMPTS)
+    decoder = Decoder(static, prompts, 2, sampling, uniforms(8, 20), max_lengths=lengths)
+    result = decoder.run(steps_between_checks=1, share_to_go_on=0.0)
+    assert result.mask.sum(1).tolist() == [20, 20, 17, 17, 3, 3, 1, 1]
+    # The last token of a completion is not fed.
+    ends = [len(prompt) + n - 1 for prompt, n in zip(PROMPTS, lengths, strict=True)]
+    assert decoder.rows.position_B1[::2, 0].tolist() == ends
 
 
 def test_steps_are_made_anew_for_fewer_rows_and_run_as_made():
