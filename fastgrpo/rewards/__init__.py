@@ -14,7 +14,3 @@ from .contract import decode_completions as decode_completions
 from .judges import Judges as Judges
 from .models import RewardModel as RewardModel
 from .models import reward_model_bytes as reward_model_bytes
-from .plain import Reward as Reward
-from .plain import check_columns as check_columns
-from .plain import load_rewards as load_rewards
-from .plain import score as score

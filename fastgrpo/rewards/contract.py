@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,19 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_e
 
 class RewardError(ValueError):
     """A reward function failed, or what it is called with or returns breaks the contract."""
+
+
+def refuse_own_arguments(columns: Iterable[str]) -> None:
+    """Refuse columns that are named as an argument of reward functions.
+
+    Raises:
+        RewardError: there is one.
+    """
+    if taken := set(ARGUMENTS).intersection(columns):
+        raise RewardError(
+            f"the dataset has a column named {min(taken)!r}, but {min(taken)!r} is an argument's "
+            "name; rename the column"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import pickle
 import weakref
 import zlib
 from array import array
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -27,7 +27,15 @@ import torch
 from torch import nn
 
 from .built_in import accuracy
-from .contract import ARGUMENTS, Completion, RewardError, RewardFunction, Scores, Steps
+from .contract import (
+    ARGUMENTS,
+    Completion,
+    RewardError,
+    RewardFunction,
+    Scores,
+    Steps,
+    refuse_own_arguments,
+)
 from .functions import Failure, Outcome, Source, Traits, Value, call_all, load, traits_of
 from .models import RewardModel
 from .names import SOFT_OVERLONG, identify, is_model, is_ours, soft_overlong_punishment, write
@@ -309,19 +317,6 @@ class Judges:
             metrics=metrics | self._counts,
             extra=extra,
             problems=problems,
-        )
-
-
-def refuse_own_arguments(columns: Iterable[str]) -> None:
-    """Refuse columns that are named as an argument of reward functions.
-
-    Raises:
-        RewardError: there is one.
-    """
-    if taken := set(ARGUMENTS).intersection(columns):
-        raise RewardError(
-            f"the dataset has a column named {min(taken)!r}, but {min(taken)!r} is an argument's "
-            "name; rename the column"
         )
 
 

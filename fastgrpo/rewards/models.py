@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from .contract import Completion
+from .names import is_checkpoint
 
 
 class RewardModel:
@@ -142,24 +143,30 @@ class RewardModel:
             ) from error
 
 
-def reward_model_bytes(name: str, *, on_gpu: bool, trust_remote_code: bool = False) -> int:
-    """Return the bytes of a checkpoint's weights as `RewardModel` loads them, from its config.json.
+def reward_model_bytes(
+    reward_funcs: Sequence[str], *, on_gpu: bool, trust_remote_code: bool = False
+) -> int:
+    """Return the bytes of the reward models among some names, from their config.json alone.
 
     Args:
-        name: its directory or Hub name.
-        on_gpu: whether it runs on a GPU, in bf16.
-        trust_remote_code: run code that comes with the checkpoint.
+        reward_funcs: names of any kind; what is no checkpoint takes nothing.
+        on_gpu: whether they run on a GPU, in bf16.
+        trust_remote_code: run code that comes with a checkpoint.
 
     Raises:
         ValueError: there is no such checkpoint, or it has no head with one output.
     """
-    config = _load_config(_place(name), trust_remote_code)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    size = 0
+    for name in filter(is_checkpoint, reward_funcs):
+        config = _load_config(_place(name), trust_remote_code)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForSequenceClassification.from_config(
+                config,
+                dtype=torch.bfloat16 if on_gpu else torch.float32,
+                trust_remote_code=trust_remote_code,
+            )
+        size += sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    return size
 
 
 def _place(name: str) -> str:

@@ -50,14 +50,12 @@ def identify(name: str) -> Checkpoint | Source | Callable[..., Any]:
         return BUILT_IN[name]
     if name in _OF_TRL:
         return _of_trl(name)
+    if is_checkpoint(name):
+        return Checkpoint(name)
     module, _, function = name.rpartition(":")
-    if module and function and not Path(name).is_dir():
+    if module and function:
         return "name", name
-    looks_like_path = name.startswith((".", "/", "~"))
-    if looks_like_path or Path(name).is_dir() or _HUB_NAME.fullmatch(name):
-        if not name.endswith(".py"):
-            return Checkpoint(name)
-    elif _DOTTED.fullmatch(name) and not name.endswith(".py"):
+    if _DOTTED.fullmatch(name) and not name.endswith(".py"):
         module, _, function = name.rpartition(".")
         return "name", f"{module}:{function}"
     known = [*BUILT_IN, SOFT_OVERLONG]
@@ -67,6 +65,16 @@ def identify(name: str) -> Checkpoint | Source | Callable[..., Any]:
         f"({', '.join(known)}), 'module:function', 'path.py:function', or the directory or Hub "
         "name of a reward model"
     )
+
+
+def is_checkpoint(name: str) -> bool:
+    """Say whether a name stands for a reward model: a directory, a path to one, or `org/name`."""
+    if name in BUILT_IN or name in _OF_TRL or name == SOFT_OVERLONG:
+        return False
+    if Path(name).is_dir():
+        return True
+    like_path = name.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(name) is not None
+    return like_path and ":" not in name and not name.endswith(".py")
 
 
 def _of_trl(name: str) -> Source:

@@ -93,20 +93,23 @@ def test_arguments_that_cannot_leave_are_named(judge):
         score()
 
 
-@both
-def test_every_kind_of_number_is_accepted(judge, reward_timeout):
-    def f(prompts, **columns):
-        return {
-            "plain": [True, False],
-            "numpy": (np.float32(1), np.bool_(False)),
-            "scalars": [torch.tensor(1), np.array(0.0)],
-            "array": np.array([1.0, 0.0]),
-            "tensor": torch.tensor([1, 0]),
-        }[prompts[0]]
+@pytest.mark.parametrize(
+    ("kind", "reward_timeout"),
+    [("plain", HERE), ("numpy", HERE), ("array", HERE), ("torch", HERE), ("tensor", HERE),
+     ("numpy", APART), pytest.param("tensor", APART, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_every_kind_of_number_is_accepted(judge, kind, reward_timeout):
+    def numbers(**columns):
+        if kind == "plain":
+            return [True, False]
+        if kind in ("numpy", "array"):
+            return (np.float32(1), np.bool_(False)) if kind == "numpy" else np.array([1.0, 0.0])
+        import torch
 
-    _, score = judge(f, reward_timeout=reward_timeout)
-    for kind in ("plain", "numpy", "scalars", "array", "tensor"):
-        assert score(prompts=[kind] * 2).rewards_BK.tolist() == [[1.0], [0.0]]
+        return [torch.tensor(1), np.array(0.0)] if kind == "torch" else torch.tensor([1, 0])
+
+    _, score = judge(numbers, reward_timeout=reward_timeout)
+    assert score().rewards_BK.tolist() == [[1.0], [0.0]]
 
 
 @pytest.mark.parametrize("errors", ["stop", "none"])

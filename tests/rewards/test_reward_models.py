@@ -140,10 +140,11 @@ def test_bytes_are_known_from_the_configuration_alone(checkpoint, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
     sizes = [x.numel() for x in (*model.parameters(), *model.buffers())]
     (tmp_path / "config.json").write_text((Path(checkpoint) / "config.json").read_text())
-    assert reward_model_bytes(str(tmp_path), on_gpu=False) == 4 * sum(sizes)
+    assert reward_model_bytes(["accuracy", str(tmp_path)], on_gpu=False) == 4 * sum(sizes)
     in_fp32 = 4 * sum(x.numel() for x in model.buffers())  # of the rotary embedding
     weights = 2 * sum(x.numel() for x in model.parameters())
-    assert reward_model_bytes(str(tmp_path), on_gpu=True) == weights + in_fp32
+    assert reward_model_bytes(["accuracy_reward", "a.b.c", "./mine.py:f"], on_gpu=True) == 0
+    assert reward_model_bytes([str(tmp_path), "mine.py:f"], on_gpu=True) == weights + in_fp32
 
 
 @pytest.mark.gpu
