@@ -496,7 +496,7 @@ def contrast(a, b):
     return (max(a, b) + 0.05) / (min(a, b) + 0.05)
 
 
-# What reaches the cones of people who lack one kind: Machado, Oliveira, Fernandes (2009), severity 1.
+# What people who lack one kind of cone see: Machado, Oliveira, Fernandes (2009), severity 1.
 VISION = {
     "normal": np.eye(3),
     "protan": [
