@@ -110,10 +110,8 @@ INSTEAD: dict[str, str] = {
             "log_completions_hub_repo",
             "completions.jsonl has them; num_completions_to_log says how many",
         ),
-        (
-            "trackio_space_id trackio_bucket_id trackio_static_space_id",
-            "trackio keeps the run on this machine; leave it out",
-        ),
+        ("trackio_space_id", "set TRACKIO_SPACE_ID in the environment instead"),
+        ("trackio_bucket_id trackio_static_space_id", "trackio chooses these; leave it out"),
         ("wandb_entity", "set WANDB_ENTITY in the environment instead"),
         ("wandb_run_group", "set WANDB_RUN_GROUP in the environment instead"),
         ("logging_dir", "everything is written to output_dir; leave it out"),
