@@ -36,26 +36,24 @@ def each_config(*fast):
     return pytest.mark.parametrize("name", [pytest.param(x, marks=marks[x]) for x in names])
 
 
-def planned(name):
-    """Plan a run as the command in its comment does, and return the command's arguments too."""
+@each_config("gsm8k_qwen2.5_0.5b_24gb", "gsm8k_qwen2.5_1.5b_gspo_24gb")
+def test_it_fits_its_card_as_its_comment_says(name):
+    """Plan it by the command in its comment, and with the vLLM that another comment proposes."""
     text = (CONFIGS / f"{name}.yaml").read_text()
     command = r"#  fastgrpo plan (\S+) --gpu-memory (\S+) --prompt-length (\d+)\n"
     path, gpu_memory, prompt_length = re.search(command, text).groups()
+    assert path == f"configs/{name}.yaml"
     config = load_config(path)
     model = Path(config.model_name_or_path).name
     architecture = AutoConfig.from_pretrained(MODELS / model)
     planner = Planner(architecture, planned_device(gpu_memory), int(prompt_length))
     plan = planner.plan(config)
+    assert plan.fits
     adapters = plan.num_trainable if config.use_peft else 0
     assert plan.num_parameters == PARAMETERS[model] + adapters
-    return plan, path, text
-
-
-@each_config("gsm8k_qwen2.5_0.5b_24gb", "gsm8k_qwen2.5_1.5b_gspo_24gb")
-def test_it_fits_its_card_as_its_comment_says(name):
-    plan, path, text = planned(name)
-    assert path == f"configs/{name}.yaml"
-    assert plan.fits
+    vllm = re.findall(r"^# (use_vllm|vllm_\w+): (\S+)$", text, re.MULTILINE)
+    assert bool(vllm) != config.load_in_4bit  # which vLLM cannot take
+    assert planner.plan(load_config(path, map("=".join, vllm))).fits
     said = f"GPU yet: {plan.peak / GIB:.2f} GiB in {plan.peak_phase}, the largest phase,"
     assert f"# Planned, not measured on a {said} according to\n" in text
     # Log-probs hold a chunk of logits, 256 MiB, and 32 bytes a token, but no gradient of the head.
