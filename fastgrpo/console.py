@@ -69,6 +69,8 @@ class Console:
         traceback: TracebackType | None,
     ) -> None:
         if self._live is not None:
+            if error is None and self._state.total is None and not self._state.recent:
+                self._state = State()  # a phase without steps says nothing once it is over
             # Draws the last state once more and gives the terminal back before any traceback.
             self._live.stop()
             self._live = None

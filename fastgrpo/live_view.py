@@ -80,7 +80,7 @@ def live_lines(state: State, console: Console, now: float) -> list[Text]:
     between = [Text()] if height > 30 else []
     lines = [_progress(state, width, now), *between]
     below = _wrap(_evaluation(state), console, 2 if height > 16 else 1)
-    below += _wrap(Text(state.warning, style="yellow"), console, min(height // 8 + 1, 3))
+    below += _wrap(Text(state.warning, style="yellow"), console, min(max(height // 8, 1), 3))
     if below:
         below += between
     room = height - len(lines) - len(below)
@@ -284,6 +284,8 @@ def _flow(parts: Iterable[str], style: str, console: Console, most: int) -> list
             lines[-1] += f"  {part}"
         else:
             lines.append(part)
+    if len(lines) > most:
+        lines[most - 1] += "  …"
     return [Text(line, style) for line in lines[:most]]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from .config import TrainConfig
@@ -174,7 +175,7 @@ class Tracker:
                 _text(sample["prompt"]),
                 _text(sample["completion"]),
                 *(sample["rewards"][name] for name in rewards),
-                sample["advantage"],
+                _mean(sample["advantage"]),
             ]
             for sample in samples
         ]
@@ -273,6 +274,11 @@ def _name(config: TrainConfig, run_path: Path, unless: str = "") -> str | None:
     if config.run_name is None and unless in os.environ:
         return None
     return config.run_name or run_path.name
+
+
+def _mean(advantage: float | list[float]) -> float:
+    """Return the mean of the advantages of tokens; a table's column has values of one kind."""
+    return fmean(advantage or [0.0]) if isinstance(advantage, list) else advantage
 
 
 def _text(prompt_or_completion: Any) -> str:

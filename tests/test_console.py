@@ -182,6 +182,15 @@ def test_an_error_leaves_the_last_state_on_the_terminal_and_gives_it_back() -> N
     assert file.getvalue().endswith("afterwards\n")
 
 
+def test_a_phase_without_steps_leaves_nothing_behind() -> None:
+    console, file = live()
+    with console:
+        console.phase("test after training", None)
+        console.message("run directory: runs/1")
+    assert "test after training" not in file.getvalue().rpartition("\x1b[2K")[2]
+    assert file.getvalue().endswith("run directory: runs/1\n\r\x1b[2K\x1b[?25h")
+
+
 def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     with Console() as console:
         console.phase("train", 3)

@@ -125,6 +125,16 @@ def test_a_long_completion_shows_both_ends_and_says_what_is_left_out() -> None:
     ]  # fmt: skip
 
 
+def test_what_is_cut_says_so() -> None:
+    scores = {f"judge_number_{i}": 1.0 for i in range(9)}
+    given = state(sample=replace(state().sample, rewards=scores))
+    lines = shown(given, 60, 20)
+    assert lines[-1].endswith("  …")
+    (warning,) = [i for i, line in enumerate(lines) if line.startswith("warning")]
+    assert lines[warning + 1].endswith("…")
+    assert lines[warning + 2].startswith("─ a completion")
+
+
 def test_of_many_reward_functions_the_first_are_named() -> None:
     lines = shown(state(sample=None), 80, 16)
     named = [line for line in lines if line.startswith(" judge_number")]

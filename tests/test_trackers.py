@@ -24,7 +24,7 @@ SAMPLES = [
         "prompt": [{"role": "user", "content": "1+1="}],
         "completion": "a | b\n<b>`x`</b>",
         "rewards": {"judge": 1.0, "other": None},
-        "advantage": 0.5,
+        "advantage": [0.25, 0.75],
     }
 ]
 COLUMNS = ["step", "prompt", "completion", "judge", "other", "advantage"]
@@ -165,6 +165,7 @@ def test_trackio_has_the_numbers_the_configuration_and_the_completions(write, tm
     assert json.loads(config)["seed"] == 7
 
 
+@pytest.mark.slow
 def test_names_are_those_of_transformers_callbacks():
     from transformers.integrations.integration_utils import rewrite_logs
 
