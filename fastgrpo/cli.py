@@ -1,8 +1,9 @@
-"""The command line: `fastgrpo train config.yaml [key=value ...]`, and `plan` before it."""
+"""The command line: `fastgrpo plan`, `train`, `eval` and `report`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -27,8 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Say how much GPU memory a run will take, what else would fit and what would "
         "save most. Reads the model's config.json, no weights.",
     )
+    eval_parser = commands.add_parser(
+        "eval",
+        help="measure a model on held-out prompts",
+        description="Measure the model of a run on held-out prompts: pass@k, majority votes, "
+        "rewards and lengths, as a table and as files in the run directory.",
+    )
+    report_parser = commands.add_parser(
+        "report",
+        help="write a run as one HTML page",
+        description="Write a run, finished or going on, as one HTML page; its path is printed.",
+    )
+    eval_parser.add_argument(
+        "run", help="a run directory, or a configuration, whose model is then measured untrained"
+    )
     for command in (train_parser, plan_parser):
         command.add_argument("config", help="a YAML file; the repository has some in configs/")
+    for command in (train_parser, plan_parser, eval_parser):
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="for example learning_rate=3e-6"
         )
@@ -41,21 +57,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="TOKENS",
         help="of the longest prompt; without it, from a local dataset, else 512",
     )
+    _add_eval_options(eval_parser)
+    report_parser.add_argument("run", help="a run directory")
+    report_parser.add_argument(
+        "--out", metavar="FILE", help="the page; without it, report.html in the run directory"
+    )
     # Overrides may come after options, which argparse takes for unknown arguments.
     options, late = parser.parse_known_args(arguments)
     unknown = [argument for argument in late if argument.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    overrides = [*options.overrides, *late]
+    if late and options.command == "report":
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    overrides = [*getattr(options, "overrides", []), *late]
     # At every import bitsandbytes misses a kernel for CPUs that is not needed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if options.command == "plan":
             return plan(options.config, overrides, options.gpu_memory, options.prompt_length)
+        if options.command == "eval":
+            return evaluate(options, overrides)
+        if options.command == "report":
+            return report(options.run, options.out)
         return train(options.config, overrides)
     except KeyboardInterrupt:
         print("fastgrpo: interrupted before anything was written", file=sys.stderr)
         return 130
+
+
+def _add_eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="final (default of a run), step-N, base (before training), or the directory or Hub "
+        "name of another model",
+    )
+    parser.add_argument(
+        "-n",
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help="completions of each prompt; without it, as many as in training",
+    )
+    parser.add_argument(
+        "-k",
+        type=_whole_numbers,
+        dest="ks",
+        metavar="K,K,...",
+        help="of pass@k and maj@k; without it, 1 and N",
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 decodes greedily; default: as in training"
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="of the dataset; default: the configuration's test split"
+    )
+    parser.add_argument(
+        "--max-samples", type=int, metavar="M", help="measure the first M prompts alone"
+    )
+    parser.add_argument(
+        "--judge",
+        metavar="NAME",
+        help="the reward function that says what is right; default: the first",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="REWARD", help="least reward of a right answer"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="for the results; default: eval/ of the run, or runs/eval-NAME/ of a configuration",
+    )
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"give whole numbers such as 1,4,8, not {text!r}"
+        ) from None
 
 
 def train(config_file: str, overrides: Sequence[str]) -> int:
@@ -103,6 +184,46 @@ def plan(
     try:
         config = load_config(config_file, overrides)
         print_plan(config, gpu_memory=gpu_memory, prompt_length=prompt_length)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastgrpo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Measure a model on held-out prompts."""
+    print(f"fastgrpo: loading {options.run}", file=sys.stderr, flush=True)
+    from torch import OutOfMemoryError
+
+    from . import evaluation
+    from .rewards import RewardError
+
+    try:
+        names = (f.name for f in dataclasses.fields(evaluation.EvalOptions))
+        asked = evaluation.EvalOptions(**{name: getattr(options, name) for name in names})
+        evaluation.evaluate(options.run, asked, overrides)
+    except RewardError as error:
+        print(f"fastgrpo: {error}", file=sys.stderr)
+        return 1
+    except OutOfMemoryError as error:
+        print(
+            f"fastgrpo: {error}\nmax_generation_batch_size=16, or another number, bounds the "
+            "completions that are sampled at once",
+            file=sys.stderr,
+        )
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastgrpo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(run: str, out: str | None) -> int:
+    """Write the page of a run and print its path."""
+    try:
+        from .report import write_report
+
+        print(write_report(Path(run), None if out is None else Path(out)))
     except (ValueError, OSError, ImportError) as error:
         print(f"fastgrpo: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,12 @@
-"""How good a policy is on prompts it was not trained on."""
+"""How good a policy is on prompts it was not trained on.
+
+P prompts, G completions of each, B = P * G completions, K reward functions.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +14,7 @@ import torch
 
 from .config import TrainConfig
 from .metrics import completion_metrics, reward_metrics
+from .rewards import Scores
 from .rollout import SamplingParams
 from .samples import Sample, Sampler
 
@@ -22,27 +28,32 @@ class Evaluator:
     def __init__(self, config: TrainConfig, sampler: Sampler, dataset: Dataset) -> None:
         self.config, self.sampler, self.dataset = config, sampler, dataset
 
+    def batches(
+        self, num_generations: int = 1, sampling: SamplingParams | None = None
+    ) -> Iterator[tuple[list[Sample], Scores]]:
+        """Yield completions of some prompts after the others, and what was said of them.
+
+        Args:
+            num_generations: completions of each prompt, next to each other.
+            sampling: None for that of the run.
+        """
+        sampler, at_once = self.sampler, self._prompts_at_once(num_generations)
+        generator = torch.Generator(sampler.policy.device).manual_seed(self.config.seed)
+        sampler.rollout.update_weights(sampler.policy.model)
+        for first in range(0, len(self.dataset), at_once):
+            rows = self.dataset[first : first + at_once]
+            yield sampler.sample(rows, num_generations, generator, times={}, sampling=sampling)
+        sampler.rollout.sleep()
+
+    def num_batches(self, num_generations: int = 1) -> int:
+        """Return how many batches there are."""
+        return math.ceil(len(self.dataset) / self._prompts_at_once(num_generations))
+
     def sample(
         self, num_generations: int = 1, sampling: SamplingParams | None = None
     ) -> list[Sample]:
-        """Sample completions of every prompt and have them judged.
-
-        Args:
-            num_generations: completions of each prompt, next to each other in the result.
-            sampling: None for that of the run.
-        """
-        config, sampler = self.config, self.sampler
-        at_once = config.per_device_eval_batch_size
-        at_once = at_once or max(1, config.completions_per_step // num_generations)
-        generator = torch.Generator(sampler.policy.device).manual_seed(config.seed)
-        sampler.rollout.update_weights(sampler.policy.model)
-        samples: list[Sample] = []
-        for first in range(0, len(self.dataset), at_once):
-            rows = self.dataset[first : first + at_once]
-            found, _ = sampler.sample(rows, num_generations, generator, times={}, sampling=sampling)
-            samples += found
-        sampler.rollout.sleep()
-        return samples
+        """Return completions of all prompts; the arguments are those of `batches`."""
+        return [one for some, _ in self.batches(num_generations, sampling) for one in some]
 
     def accuracy(self, temperature: float | None = None) -> float:
         """Return the first reward function's mean, one completion a prompt; 0 decodes greedily."""
@@ -53,11 +64,28 @@ class Evaluator:
         return float(torch.stack(judged).double().nanmean())
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of an evaluation during training: TRL's names, with `eval_`."""
+        """Return the metrics of an evaluation during training: TRL's names, with `eval_`.
+
+        If the first reward function gave nothing but 0 and 1, `eval_pass@G` is the share of prompts
+        with a right one among their G completions.
+        """
         count = self.config.num_generations_eval or self.config.num_generations
-        samples, judges = self.sample(count), self.sampler.judges
+        samples = self.sample(count)
+        metrics = self.averages(samples)
+        judged_PG = torch.stack([one.rewards_K[0] for one in samples]).view(-1, count)
+        if count > 1 and bool(((judged_PG == 0) | (judged_PG == 1)).all()):
+            metrics[f"pass@{count}"] = judged_PG.amax(1).mean().item()
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def averages(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Return rewards and lengths of some completions, named as TRL names them."""
+        judges = self.sampler.judges
         rewards_BK = torch.stack([one.rewards_K for one in samples])
-        metrics = reward_metrics(judges.names, judges.weights, rewards_BK) | completion_metrics(
+        return reward_metrics(judges.names, judges.weights, rewards_BK) | completion_metrics(
             [one.num_counted for one in samples], [one.drawn.finished for one in samples]
         )
-        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _prompts_at_once(self, num_generations: int) -> int:
+        config = self.config
+        usual = max(1, config.completions_per_step // num_generations)
+        return config.per_device_eval_batch_size or usual

@@ -1,0 +1,201 @@
+"""From a run or a configuration to a table, a file of estimates and one of completions.
+
+P prompts, n samples of each, B = P * n samples, K reward functions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from ..config import TrainConfig
+from ..console import Console
+from ..data import check_prompts
+from ..evaluate import Evaluator
+from ..rewards.contract import content
+from ..samples import Sample, Sampler
+from ..setup import build_judges, build_rollout, build_rollout_fn, check_installed
+from .measures import Judge, Verdict, measure
+from .results import Results, show, write
+from .subject import find_subject, load_split, load_subject
+from .votes import is_unmarked_prose
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What `fastgrpo eval` is asked."""
+
+    checkpoint: str | None = None
+    """`final`, `step-N`, `base` (before training), or the directory or Hub name of another model;
+    None: `final` of a run, `base` of a configuration."""
+    split: str | None = None
+    """Of the dataset; None: the configuration's test split."""
+    num_samples: int | None = None
+    """Samples of each prompt (n); None: 1 if decoded greedily, else as many as in evaluations
+    during training, or the largest k if that is more."""
+    ks: Sequence[int] | None = None
+    """Sizes of k in pass@k and maj@k; None: 1 and n."""
+    temperature: float | None = None
+    """0 decodes greedily; None: the configuration's."""
+    max_samples: int | None = None
+    """Prompts, the first of the split; None: the configuration's `max_eval_samples`."""
+    judge: str | None = None
+    """Name of the reward function that says what is right; None: the first."""
+    threshold: float | None = None
+    """Least reward of a right answer. None: rewards must be 0 and 1."""
+    out: str | None = None
+    """Directory for the results; None: `eval/` of the run, or `runs/eval-NAME/`."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"--num-samples: must be at least 1, got {self.num_samples}")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature: must be 0 (greedy) or more, got {self.temperature}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"--threshold: must be finite, got {self.threshold}")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"--max-samples: must be at least 1, got {self.max_samples}")
+
+    def counts(self, config: TrainConfig) -> tuple[int, list[int]]:
+        """Return n and the ks.
+
+        Raises:
+            ValueError: they do not fit each other.
+        """
+        greedy = self.temperature == 0
+        known, usual = self.ks or [], config.num_generations_eval or config.num_generations
+        count = self.num_samples or (1 if greedy else max([usual, *known]))
+        ks = sorted(set(known or (1, count)))
+        if greedy and count > 1:
+            raise ValueError(
+                f"--temperature 0 gives the same completion every time, so --num-samples {count} "
+                "would measure nothing more; leave it out, or sample with a temperature above 0"
+            )
+        if ks[0] < 1 or ks[-1] > count:
+            wrong = ks[0] if ks[0] < 1 else ks[-1]
+            raise ValueError(
+                f"-k: must be between 1 and the samples of a prompt, which are {count}, got {wrong}"
+                f"{'' if greedy or wrong < 1 else f'; give --num-samples {wrong} or more'}"
+            )
+        return count, ks
+
+
+def evaluate(
+    run: str,
+    options: EvalOptions | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console | None = None,
+) -> Path:
+    """Measure a model on held-out prompts; print a table and return the file with the estimates.
+
+    Args:
+        run: a run directory, or a configuration file, whose model is then measured untrained.
+        options: what to measure.
+        overrides: `key=value` over the configuration.
+        console: where progress and the table are shown.
+
+    Raises:
+        RewardError: a reward function failed.
+        ValueError: something does not exist or does not fit; the message says what to do.
+    """
+    start = time.perf_counter()
+    options = options or EvalOptions()
+    subject = find_subject(run, options.checkpoint, overrides)
+    config = subject.config
+    if options.max_samples is not None:
+        config = replace(config, max_eval_samples=options.max_samples)
+    num_samples, ks = options.counts(config)
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    check_installed(config)
+    set_seed(config.seed)
+    split, dataset = load_split(config, options.split)
+    console = console or Console(logging_steps=config.logging_steps)
+    with closing(build_judges(config)) as judges:
+        judge = Judge(judges, options.judge, options.threshold)
+        judges.check_columns(dataset.column_names)
+        policy = load_subject(subject)
+        rollout = build_rollout(config, policy, console.message)
+        sampler = Sampler(config, policy, rollout, judges, build_rollout_fn(config))
+        if options.temperature is not None:
+            sampler.sampling = replace(sampler.sampling, temperature=options.temperature)
+        check_prompts(
+            dataset,
+            sampler.encode,
+            max_completion_length=config.max_completion_length,
+            limits={"the model": policy.positions},
+        )
+        evaluator = Evaluator(config, sampler, dataset)
+        samples, verdicts = _sample(evaluator, num_samples, judge, console)
+    results = Results(
+        checkpoint=subject.checkpoint,
+        split=split,
+        num_prompts=len(dataset),
+        num_samples=num_samples,
+        temperature=sampler.sampling.temperature,
+        judge=judge.name,
+        threshold=judge.threshold,
+        seed=config.seed,
+        metrics=measure(verdicts, num_samples, ks),
+        num_not_judged=sum(verdict.right is None for verdict in verdicts),
+        averages=evaluator.averages(samples),
+        seconds=time.perf_counter() - start,
+    )
+    folder = subject.results if options.out is None else Path(options.out).expanduser()
+    path = write(folder, results, samples, verdicts, judges.names)
+    show(console, results, judges.names, name=run)
+    for note in _notes(config, results, samples, ks[-1]):
+        console.message(note)
+    console.message(f"results: {path}")
+    return path
+
+
+def _sample(
+    evaluator: Evaluator, num_samples: int, judge: Judge, console: Console
+) -> tuple[list[Sample], list[Verdict]]:
+    """Sample and judge completions of all prompts, and show how far it is."""
+    samples: list[Sample] = []
+    verdicts: list[Verdict] = []
+    names = evaluator.sampler.judges.names
+    with console:
+        console.phase("evaluate", evaluator.num_batches(num_samples))
+        for some, scores in evaluator.batches(num_samples):
+            samples += some
+            verdicts += map(judge.judge, some)
+            rewards_K = some[0].rewards_K.tolist()
+            console.sample(
+                prompt=some[0].prompt,
+                completion=some[0].text,
+                rewards=dict(zip(names, rewards_K, strict=True)),
+            )
+            console.step(evaluator.averages(some))
+            for problem in scores.problems:
+                console.warning(problem)
+    return samples, verdicts
+
+
+def _notes(
+    config: TrainConfig, results: Results, samples: Sequence[Sample], most: int
+) -> Iterator[str]:
+    """Yield what of the numbers is not as one would expect."""
+    if results.split == config.dataset_train_split:
+        yield f"note: {results.split!r} is the split that is trained on"
+    if results.num_not_judged:
+        yield (
+            f"note: {results.judge} did not judge {results.num_not_judged:,} of {len(samples):,} "
+            "completions; pass@k and maj@k are over the prompts with k others"
+        )
+    unmarked = sum(is_unmarked_prose(content(one.text)) for one in samples)
+    if most > 1 and unmarked:
+        yield (
+            f"note: {unmarked:,} of {len(samples):,} completions have no <answer> and no "
+            "\\boxed{} to say what of them is the answer; in maj@k each votes as it stands"
+        )

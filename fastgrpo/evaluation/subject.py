@@ -1,0 +1,183 @@
+"""What is measured: a checkpoint of a run or a model by name, and the prompts it is put to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import TrainConfig, load_config
+from ..data import load_prompts
+from ..loading import computes_in_bf16, load_model, load_tokenizer
+from ..model import Policy
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, as a configuration and a place to load it from."""
+
+    config: TrainConfig
+    checkpoint: str
+    """`final`, `step-N`, `base`, or the directory or Hub name of another model."""
+    place: str | None
+    """Directory or Hub name; None: what the configuration's task makes."""
+    results: Path
+    """Directory for what is found out about it."""
+
+
+def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> Subject:
+    """Find what is to be measured; nothing is loaded yet.
+
+    Args:
+        run: a run directory or a configuration file.
+        checkpoint: one of those of `Subject`; None: `final` of a run, `base` of a file.
+        overrides: `key=value` over the configuration.
+
+    Raises:
+        ValueError: there is no such run, configuration or checkpoint.
+    """
+    path = Path(run).expanduser()
+    if not path.is_dir():
+        config = load_config(path, overrides)
+        checkpoint = checkpoint or "base"
+        results = Path("runs", f"eval-{path.stem}")
+        folders: dict[str, Path] = {}
+    elif (path / "config.yaml").is_file():
+        config = load_config(path / "config.yaml", overrides)
+        checkpoint = checkpoint or "final"
+        results = path / "eval"
+        folders = checkpoints(path)
+    else:
+        raise ValueError(
+            f"{run} is no run directory, it holds no config.yaml: give the one that training "
+            "printed, or a configuration file"
+        )
+    is_step = checkpoint.startswith("step-") and checkpoint.removeprefix("step-").isdecimal()
+    place: str | None = checkpoint
+    if checkpoint in folders:
+        place = str(folders[checkpoint])
+    elif checkpoint == "base":
+        place = config.model_name_or_path
+        if place is None and config.task is None:
+            raise ValueError("model_name_or_path: required (or set task: arithmetic)")
+    elif checkpoint == "final" or is_step:
+        there = ", ".join(name for name in folders if name != "base") or "none"
+        raise ValueError(
+            f"{run} has no checkpoint {checkpoint!r} (checkpoints: {there}); say with --checkpoint "
+            "which to measure, or base for the model before training"
+        )
+    return Subject(config, checkpoint, place, results)
+
+
+def checkpoints(run: Path) -> dict[str, Path]:
+    """Return the checkpoints of a run by name, the steps in order; `base` if it was saved."""
+    steps = sorted(
+        (folder for folder in (run / "checkpoints").glob("step-*")),
+        key=lambda folder: int(folder.name.removeprefix("step-")),
+    )
+    folders = [run / "base", *steps, run / "final"]
+    return {folder.name: folder for folder in folders if folder.is_dir()}
+
+
+def load_subject(subject: Subject) -> Policy:
+    """Load the model and its tokenizer for sampling, on the device, as training holds them.
+
+    Adapters stay beside the model they were trained on, as in training.
+
+    Raises:
+        ValueError: something cannot be loaded; says why.
+    """
+    config, place = subject.config, subject.place
+    model: Any
+    if place is None:
+        from ..tasks import arithmetic
+
+        tokenizer = arithmetic.build_tokenizer()
+        model = arithmetic.build_model(tokenizer, config.seed)
+    else:
+        base = _base_of(Path(place).expanduser())
+        # A task makes its own model; what it trained is a checkpoint like any other.
+        source = dataclasses.replace(config, task=None, model_name_or_path=base or place)
+        model, tokenizer = load_model(source), load_tokenizer(source)
+        if base is not None:
+            from peft import PeftModel
+
+            with warnings.catch_warnings():
+                # Of transformers 5.23, about a name that peft uses.
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+                model = PeftModel.from_pretrained(model, str(Path(place).expanduser()))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if next(model.parameters()).device.type != device.type:
+        model.to(device)
+    return Policy(
+        model.eval(), tokenizer, bf16=computes_in_bf16(config, device), padding_free=False
+    )
+
+
+def _base_of(path: Path) -> str | None:
+    """Return what the adapters in a directory were trained on; None: there are no adapters."""
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        return None
+    # A run saves a base that has no other name, and may have been moved since.
+    for run in (path.parent, path.parent.parent):
+        if (run / "config.yaml").is_file() and (run / "base").is_dir():
+            return str(run / "base")
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{path} holds adapters that do not say what they are for; merge them with their model "
+            "(merge_and_unload) and save that"
+        )
+    return base
+
+
+def load_split(config: TrainConfig, split: str | None) -> tuple[str, Dataset]:
+    """Return the name of the held-out split and its prompts.
+
+    Args:
+        config: names the dataset, its test split, and how many prompts are measured.
+        split: in place of the configuration's.
+
+    Raises:
+        ValueError: there is no such split, or none but that of training.
+    """
+    if config.task is not None:
+        from ..tasks import arithmetic
+
+        datasets = arithmetic.build_dataset()
+        split = split or "test"
+        if split not in datasets:
+            raise ValueError(
+                f"--split: there is no {split!r}; there are {', '.join(map(str, datasets))}"
+            )
+        dataset = datasets[split]
+    else:
+        if not config.dataset_name:
+            raise ValueError("dataset_name: required (or set task: arithmetic)")
+        if split is None:
+            split = config.test_split
+            if split is None or split == config.dataset_train_split:
+                raise ValueError(
+                    f"the configuration names no split beside {config.dataset_train_split!r}, "
+                    "which is trained on; say with --split which prompts to measure"
+                )
+        dataset = load_prompts(
+            config.dataset_name,
+            split,
+            config_name=config.dataset_config,
+            prompt_column=config.prompt_column,
+        )
+    count = config.max_eval_samples
+    if count is not None:
+        dataset = dataset.select(range(min(count, len(dataset))))
+    return split, dataset
