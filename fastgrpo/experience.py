@@ -155,7 +155,10 @@ class Collector:
             return group_advantages(rewards_BK, weights, config.num_generations, **options)
         lengths = [len(one.drawn.completion_ids) for one in samples]
         steps = merge_steps(
-            rewards_BK, weights, {k: [one.steps_of(k) for one in samples] for k in stepwise}, lengths
+            rewards_BK,
+            weights,
+            {k: [one.steps_of(k) for one in samples] for k in stepwise},
+            lengths,
         )
         return step_advantages(steps, lengths, config.num_generations, **options)
 

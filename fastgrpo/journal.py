@@ -22,8 +22,8 @@ class Journal:
     ) -> None:
         self.config, self.run, self.console = config, run, console
         self.reward_names = list(reward_names)
-        self.health = Health()
-        self.trackers = build_trackers(config, run.path)
+        self.health = Health(config)
+        self.trackers = build_trackers(config, run.path, console.warning)
 
     def __enter__(self) -> Journal:
         self.console.__enter__()
@@ -58,9 +58,10 @@ class Journal:
             advantage=advantage.mean().nan_to_num().item(),
         )
         if logged:
-            self.run.add_completions(
-                step, found, self.reward_names, self.config.num_completions_to_log
-            )
+            count = self.config.num_completions_to_log
+            lines = self.run.add_completions(step, found, self.reward_names, count)
+            for tracker in self.trackers:
+                tracker.completions(lines, step)
 
     def step(self, metrics: Mapping[str, Any], *, fresh: bool) -> None:
         """Write the metrics of an optimisation step.
@@ -80,4 +81,4 @@ class Journal:
     def warn(self, step: int, text: str) -> None:
         """Say that something is wrong, and keep it."""
         self.run.add_warning(step, text)
-        self.console.message(text)
+        self.console.warning(text)

@@ -39,8 +39,8 @@ class RunDirectory:
 
     def add_completions(
         self, step: int, found: Experience, reward_names: Sequence[str], count: int
-    ) -> None:
-        """Append the first completions of a generation to completions.jsonl.
+    ) -> list[dict[str, Any]]:
+        """Append the first completions of a generation to completions.jsonl; return the lines.
 
         Args:
             step: the first that they serve.
@@ -49,24 +49,21 @@ class RunDirectory:
             count: how many.
         """
         some = zip(found.samples[:count], found.advantages, strict=False)
-        self._append(
-            "completions.jsonl",
-            [
-                {
-                    "step": step,
-                    "prompt": sample.prompt,
-                    "completion": sample.text,
-                    "rewards": dict(
-                        zip(reward_names, _plain(sample.rewards_K.tolist()), strict=True)
-                    ),
-                    "advantage": advantage.item() if len(advantage) == 1 else advantage.tolist(),
-                    "num_tokens": len(sample.drawn.completion_ids),
-                    "finished": sample.drawn.finished,
-                }
-                | ({"extra": sample.extra} if sample.extra else {})
-                for sample, advantage in some
-            ],
-        )
+        lines = [
+            {
+                "step": step,
+                "prompt": sample.prompt,
+                "completion": sample.text,
+                "rewards": dict(zip(reward_names, _plain(sample.rewards_K.tolist()), strict=True)),
+                "advantage": advantage.item() if len(advantage) == 1 else advantage.tolist(),
+                "num_tokens": len(sample.drawn.completion_ids),
+                "finished": sample.drawn.finished,
+            }
+            | ({"extra": sample.extra} if sample.extra else {})
+            for sample, advantage in some
+        ]
+        self._append("completions.jsonl", lines)
+        return lines
 
     def add_rewards(self, step: int, found: Experience, reward_names: Sequence[str]) -> None:
         """Append the rewards of all completions of a generation to rewards.jsonl."""

@@ -102,7 +102,7 @@ class Sampler:
             for name, values in rows.items()
         }
         prompts = columns.pop("prompt")
-        with timed(times, "generate"), self.policy.sampling():
+        with timed(times, "generate"):
             drawn, extra = self._draw(
                 prompts, columns, num_generations, sampling or self.sampling, generator
             )
@@ -143,7 +143,8 @@ class Sampler:
             engine = Engine(self.rollout, self.policy, sampling, generator, encode=self.encode)
             return play(self.rollout_fn, prompts, columns, engine)
         prompt_ids = [self.encode(prompt) for prompt in prompts[::num_generations]]
-        completions = self.rollout.generate(prompt_ids, num_generations, sampling, generator)
+        with self.policy.sampling():
+            completions = self.rollout.generate(prompt_ids, num_generations, sampling, generator)
         return completions.drawn(prompt_ids, num_generations), {}
 
     def encode(self, prompt: Any) -> list[int]:

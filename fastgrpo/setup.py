@@ -19,8 +19,9 @@ from .model import Policy
 from .rewards import Judges
 from .rollout import Rollout
 from .rollout.static import StaticCacheRollout
-from .rollout_fn import RolloutFunction, load_rollout_fn
+from .rollout_fn import RolloutFunction, load_rollout_fn, taken_columns
 from .samples import Sampler
+from .trackers import check_trackers
 
 
 def check_installed(config: TrainConfig) -> None:
@@ -29,6 +30,7 @@ def check_installed(config: TrainConfig) -> None:
     Raises:
         ValueError: names the key, the package and the extra that brings it.
     """
+    check_trackers(config.report_to)
     attention, optim = config.attn_implementation, config.optim
     states = ("torchao", "torchao") if optim == "adamw_torch_8bit" else ("bitsandbytes", "8bit")
     # Without flash-attn itself transformers takes it from the package `kernels`.
@@ -100,6 +102,7 @@ def build_judges(config: TrainConfig, reward_funcs: Sequence[Any] | None = None)
         reward_errors=config.reward_errors,
         soft_punish_cache=config.soft_punish_cache,
         max_completion_length=config.max_completion_length,
+        chat_template_kwargs=config.chat_template_kwargs,
         trust_remote_code=config.trust_remote_code,
         batch_size=config.per_device_train_batch_size,
         seed=config.seed,
@@ -129,7 +132,10 @@ def check_datasets(config: TrainConfig, assets: Assets, sampler: Sampler) -> Non
     limits = {"the model": sampler.policy.positions} | config.limits
     for dataset in (assets.train_dataset, assets.test_dataset):
         if dataset is not None:
-            sampler.judges.check_columns(dataset.column_names)
+            if sampler.rollout_fn is None:
+                sampler.judges.check_columns(dataset.column_names)
+            else:  # it may add columns for them
+                taken_columns(sampler.rollout_fn, set(dataset.column_names) - {"prompt"})
             check_prompts(
                 dataset,
                 sampler.encode,

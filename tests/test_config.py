@@ -82,6 +82,25 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
             {"task": "arithmetic"},
             "model_name_or_path: task makes its own model and dataset; leave it out",
         ),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 5},
+            "warmup_steps: lr_scheduler_type: c",
+        ),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+            "lr_scheduler_kwargs: constant_with_warmup takes none",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
+            "scale_rewards: none has no effect with multi_objective_aggregation",
+        ),
+        (
+            {
+                "multi_objective_aggregation": "normalize_then_sum",
+                "advantage_baseline": "leave_one_out",
+            },
+            "advantage_baseline: leave_one_out has no effect",
+        ),
         ({"delta": 1.1}, "delta must be a finite number above 1 + epsilon_high"),
     ],
 )

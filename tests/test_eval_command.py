@@ -211,10 +211,11 @@ def test_what_is_not_judged_neither_counts_nor_votes(workshop, run, capsys):
         assert metric["value"] == pytest.approx(fmean(expected))
 
 
-def test_adapters_are_measured_on_the_model_they_were_trained_on(workshop, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_measured_on_the_model_they_were_trained_on(workshop, tmp_path, dtype):
     pytest.importorskip("peft")
-    run = workshop / "adapters"
-    options = ["use_peft=true", f"output_dir={run}", "learning_rate=3e-2", "max_steps=3"]
+    run = workshop / f"adapters-{dtype}"
+    options = ["use_peft=true", f"dtype={dtype}", f"output_dir={run}", "max_steps=3"]
     assert main(["train", str(workshop / "tiny.yaml"), *options]) == 0
     assert (run / "final" / "adapter_config.json").is_file()
     summary = found(run / "summary.json")["test"]["sampled"]

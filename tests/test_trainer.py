@@ -8,7 +8,7 @@ from small_runs import lines, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo.assets import Assets, load_assets
-from fastgrpo.config import config_from, load_config
+from fastgrpo.config import config_from
 from fastgrpo.evaluate import Evaluator
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.static import StaticCacheRollout
@@ -162,38 +162,6 @@ def test_chat_prompts_go_through_the_template_and_come_back_as_messages(tmp_path
     prompt = first.input_ids[: int(first.mask.nonzero()[0]) + 1]
     assert trainer.policy.tokenizer.decode(prompt) == "[user]two plus two?\n[assistant]"
     assert 0 <= metrics["rewards/answered/mean"] <= 1
-
-
-def test_the_gsm8k_configuration_is_one_that_runs(tmp_path):
-    """The very path of configs/gsm8k_qwen2.5_0.5b_24gb.yaml, on local files in GSM8K's format."""
-    path = tmp_path / "gsm8k.jsonl"
-    rows = [
-        {"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"}
-        for n in range(16)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = save_small_model(tmp_path / "model", "qwen2", tie=True)
-    config = load_config(
-        "configs/gsm8k_qwen2.5_0.5b_24gb.yaml",
-        [
-            f"model_name_or_path={model}",
-            f"dataset_name={path}",
-            "dataset_config=null",
-            "dataset_test_split=train",
-            "max_eval_samples=4",
-            f"output_dir={tmp_path / 'run'}",
-            "max_completion_length=6",
-            "max_steps=2",
-            "save_strategy=no",
-        ],
-    )
-    summary = Trainer(config).train()
-    assert summary["test"]["greedy"] == {"before": 0.0, "after": 0.0}
-    (first, _) = lines(tmp_path / "run" / "metrics.jsonl")
-    expected = 1.0 * first["rewards/accuracy/mean"] + 0.1 * first["rewards/format/mean"]
-    expected += 0.05 * first["rewards/tag_count/mean"]
-    assert first["reward"] == pytest.approx(expected, abs=1e-6)
-    assert "What is" in lines(tmp_path / "run" / "completions.jsonl")[0]["prompt"]
 
 
 def test_assets_load_before_anything_is_written(tmp_path, word_problems, monkeypatch):

@@ -37,7 +37,7 @@ class OutputOptions:
     eval_on_start: bool = False
     """Evaluate before the first step too."""
     per_device_eval_batch_size: int | None = None
-    """Prompts put to the sampler together in evaluations; None: as many as fill a training step."""
+    """Completions sampled together in evaluations; None: as many as a training step has."""
     num_generations_eval: int | None = None
     """Completions of each prompt in evaluations during training; None: num_generations."""
     max_eval_samples: int | None = None

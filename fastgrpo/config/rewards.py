@@ -15,8 +15,9 @@ class RewardOptions:
     """The part of a `TrainConfig` that is about rewards and advantages."""
 
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
-    """Built-in names, `module:function`, `path.py:function`, or a reward model: a
-    sequence-classification checkpoint by its directory or Hub name."""
+    """Built-in names, `module:function`, `package.module.function`, `path.py:function`, TRL's own
+    (accuracy_reward ...), or a reward model: a sequence-classification checkpoint by its directory
+    or Hub name."""
     reward_weights: list[float] | None = None
     """Weight of each reward function; None: 1 each."""
     reward_timeout: float | None = 300.0

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.optim import optimizer_bytes
+from fastgrpo.rewards import reward_model_bytes
 from fastgrpo.rollout.cache import budget_bytes, cache_bytes, fitting_rows, row_bytes
 
 from .fake_model import build_fake, layers_of
@@ -125,6 +126,11 @@ class Planner:
             "weights": sizes.weights,
             "optimizer": device_states,
             "reference": sizes.weights if has_reference and not offloaded else 0,
+            "reward models": reward_model_bytes(
+                config.reward_funcs,
+                on_gpu=self.device.on_gpu,
+                trust_remote_code=config.trust_remote_code,
+            ),
             "vLLM": 0 if config.vllm_enable_sleep_mode else vllm,
         }
         tokens, passes = self._microbatch(config)

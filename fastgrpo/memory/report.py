@@ -178,7 +178,9 @@ def _load_inputs(
     name = config.model_name_or_path
     if not name:
         raise ConfigError("model_name_or_path: required (or set task: arithmetic)")
-    architecture = _in_time(lambda: load_from(AutoConfig, name, **hub_options(config)), f"model_name_or_path: {name}")
+    architecture = _in_time(
+        lambda: load_from(AutoConfig, name, **hub_options(config)), f"model_name_or_path: {name}"
+    )
     if prompt_length is not None:
         return architecture, prompt_length, "as given"
     dataset = config.dataset_name

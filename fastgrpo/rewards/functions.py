@@ -97,10 +97,10 @@ def _find(name: str) -> Callable[..., Any]:
         raise error.args[0] from None
     except Exception as error:
         what, where, _ = describe(error)
-        raise ValueError(f"reward function {name!r}: importing it raised {what}{where}") from error
+        raise ValueError(f"function {name!r}: importing it raised {what}{where}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(f"reward function {name!r}: {place!r} has no function {attribute!r}")
+        raise ValueError(f"function {name!r}: {place!r} has no function {attribute!r}")
     return function
 
 
@@ -119,8 +119,7 @@ def _import(module: str) -> ModuleType:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         missing = ModuleNotFoundError(
-            f"no module {module!r} for a reward function; "
-            "install it, or name its file: 'path.py:function'"
+            f"no module {module!r}; install it, or name its file: 'path.py:function'"
         )
         raise _NotThere(missing) from error
 
@@ -129,8 +128,7 @@ def _load_file(path: Path) -> ModuleType:
     path = path.expanduser()
     if not path.is_file():
         missing = FileNotFoundError(
-            f"no file {str(path)!r} for a reward function; "
-            f"it is looked up from the working directory {str(Path.cwd())!r}"
+            f"no file {str(path)!r}; it is looked up from the working directory {str(Path.cwd())!r}"
         )
         raise _NotThere(missing)
     spec = importlib.util.spec_from_file_location(f"fastgrpo_rewards_{path.stem}", path)

@@ -309,4 +309,4 @@ def test_a_process_that_finds_no_function_any_more_counts(write, judge):
     write("")
     scores = score()
     assert scores.metrics == {"rewards/leaves/exceptions": 2}
-    assert "could not be started again: reward function" in scores.problems[0]
+    assert "could not be started again: function" in scores.problems[0]
