@@ -127,11 +127,13 @@ def evaluate(
         sampler = Sampler(config, policy, rollout, judges, build_rollout_fn(config))
         if options.temperature is not None:
             sampler.sampling = replace(sampler.sampling, temperature=options.temperature)
+        limits = {"the model": policy.positions} | config.limits
+        limits.pop("max_tokens_per_microbatch", None)  # of training alone
         check_prompts(
             dataset,
             sampler.encode,
             max_completion_length=config.max_completion_length,
-            limits={"the model": policy.positions},
+            limits=limits,
         )
         evaluator = Evaluator(config, sampler, dataset)
         samples, verdicts = _sample(evaluator, num_samples, judge, console)
