@@ -83,10 +83,9 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
 def disable_dropout(model: Any) -> None:
     """Set every dropout of a model to 0, that of attention weights included."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        name = "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout"
+        if name in vars(module):
+            vars(module)[name] = 0.0
 
 
 def build_judges(config: TrainConfig, reward_funcs: Sequence[Any] | None = None) -> Judges:

@@ -72,7 +72,7 @@ def test_a_run_can_be_repeated_from_its_own_config(tmp_path, monkeypatch, config
         (["reward_weights=[.nan]"], "reward_weights: must be finite"),
         (["temperature=.inf"], "temperature: must be finite, got inf"),
         (["adam_beta1=1.5"], "adam_beta1: must be 0 or more and below 1, got 1.5"),
-        (["epsilon=0.1", "epsilon_low=0.2"], "epsilon: is another name of epsilon_low"),
+        (["epsilon=0.1", "epsilon_low=0.2"], "epsilon: is TRL's name of epsilon_low"),
         (["output_dir=occupied"], "output_dir: occupied exists"),
     ],
 )

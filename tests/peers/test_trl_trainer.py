@@ -120,7 +120,7 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "off-policy sequences": (
         {"off_policy_mask_threshold": 0.01, "num_iterations": 3, "learning_rate": 2e-2}, {},
     ),
-    # The first tokens of a group have the same entropy: in longer runs rounding may tell them apart.
+    # First tokens of a group have the same entropy: later, rounding may tell them apart.
     "tokens of high entropy": (
         {"top_entropy_quantile": 0.4, "entropy_coef": 0.1, "max_steps": 2}, {},
     ),
