@@ -271,8 +271,13 @@ def test_a_task_is_measured_on_the_split_it_makes(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert main(["eval", "moved", "-n", "1", "--split", "train", "--max-samples", "3"]) == 0
     assert "note: 'train' is the split that is trained on" in capsys.readouterr().out
+    # What GRPO began with is never taken for the model before its warm start.
+    shutil.rmtree("moved/base")
+    assert main(["eval", "moved", "--checkpoint", "base"]) == 2
+    assert "began with a model that its task had warmed up" in capsys.readouterr().err
     # Untrained it answers nothing, and is said to answer nothing with some confidence.
     assert main(["eval", str(demo), "-n", "2", "max_eval_samples=30"]) == 0
+    assert "before its warm start" in capsys.readouterr().out
     results = found(Path("runs/eval-demo_arithmetic/base-test.json"))
     assert results["metrics"]["pass@2"]["value"] < 0.1
     assert results["metrics"]["pass@2"]["high"] > 0.1

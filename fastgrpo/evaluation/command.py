@@ -154,6 +154,8 @@ def evaluate(
     folder = subject.results if options.out is None else Path(options.out).expanduser()
     path = write(folder, results, samples, verdicts, judges.names)
     show(console, results, judges.names, name=run)
+    if subject.place is None:
+        console.message("note: this is the task's model before its warm start")
     for note in _notes(config, results, samples, ks[-1]):
         console.message(note)
     console.message(f"results: {path}")

@@ -69,6 +69,11 @@ def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> 
         place = config.model_name_or_path
         if place is None and config.task is None:
             raise ValueError("model_name_or_path: required (or set task: arithmetic)")
+        if place is None and path.is_dir():  # made anew it would be one that nobody trained from
+            raise ValueError(
+                f"{run} began with a model that its task had warmed up and that is not kept; "
+                "summary.json has its accuracy"
+            )
     elif checkpoint == "final" or is_step:
         there = ", ".join(name for name in folders if name != "base") or "none"
         raise ValueError(
