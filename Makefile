@@ -1,12 +1,13 @@
 # `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
 # loss with peers in miniature. `make peers` installs TRL and Liger as well and runs the tests that hold
 # us to them; `make benchmark` compares with them in full on a CPU. All set up `.venv` first.
+# `make tour` runs the commands of the README's tour.
 # `make vllm` runs the tests against vLLM's CPU build, in an environment of its own: it pins versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick peers vllm benchmark lint clean
+.PHONY: demo test quick tour peers vllm benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
@@ -16,6 +17,9 @@ test: $(VENV)/.installed
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.loss --quick
+
+tour: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/test_readme.py
 
 peers: $(VENV)/.benchmarks
 	$(BIN)/python -m pytest -m peers

@@ -87,5 +87,5 @@ class Evaluator:
 
     def _prompts_at_once(self, num_generations: int) -> int:
         config = self.config
-        usual = max(1, config.completions_per_step // num_generations)
-        return config.per_device_eval_batch_size or usual
+        completions = config.per_device_eval_batch_size or config.completions_per_step
+        return max(1, completions // num_generations)
