@@ -211,7 +211,7 @@ def test_what_is_not_judged_neither_counts_nor_votes(workshop, run, capsys):
         assert metric["value"] == pytest.approx(fmean(expected))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_adapters_are_measured_on_the_model_they_were_trained_on(workshop, tmp_path, dtype):
     pytest.importorskip("peft")
     run = workshop / f"adapters-{dtype}"
