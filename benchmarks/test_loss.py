@@ -159,6 +159,7 @@ def test_bad_arguments_are_refused(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_a_gpu_ends_in_time_and_is_taken_up_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,7 @@ def test_a_rotated_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer_worker.measured("fastgrpo", ALL, "cpu")
 
 
+@pytest.mark.slow
 def test_what_a_trainer_prints_is_not_in_the_record() -> None:
     program = (
         "import os, subprocess; from benchmarks import trainer_worker as worker\n"

@@ -52,14 +52,9 @@ class RunDirectory:
         lines = [
             {
                 "step": step,
-                "prompt": sample.prompt,
-                "completion": sample.text,
-                "rewards": dict(zip(reward_names, _plain(sample.rewards_K.tolist()), strict=True)),
+                **sample.line(reward_names),
                 "advantage": advantage.item() if len(advantage) == 1 else advantage.tolist(),
-                "num_tokens": len(sample.drawn.completion_ids),
-                "finished": sample.drawn.finished,
             }
-            | ({"extra": sample.extra} if sample.extra else {})
             for sample, advantage in some
         ]
         self._append("completions.jsonl", lines)
@@ -96,7 +91,7 @@ class RunDirectory:
         save_curves(
             metrics, self.path / "curves.png", title=self.path.name, accuracy_key=accuracy_key
         )
-        summary |= {"final_metrics": metrics[-1], "versions": _versions()}
+        summary |= {"final_metrics": metrics[-1], "versions": versions()}
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
@@ -140,7 +135,8 @@ def _create(output_dir: str | None, name: str) -> Path:
     raise ValueError(f"runs/{stem} and 998 variants of it exist: set output_dir")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
     found = {}
     for package in ("fastgrpo", "torch", "triton", "transformers", "datasets"):
         try:

@@ -5,6 +5,7 @@ B completions, those of a prompt (its group) next to each other; K reward functi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,17 @@ class Sample:
         """Tokens that the policy has written."""
         counted = self.drawn.counted
         return len(self.drawn.completion_ids) if counted is None else sum(counted)
+
+    def line(self, reward_names: Sequence[str]) -> dict[str, Any]:
+        """Return what is logged of it; what is no number is None."""
+        rewards = [None if math.isnan(reward) else reward for reward in self.rewards_K.tolist()]
+        return {
+            "prompt": self.prompt,
+            "completion": self.text,
+            "rewards": dict(zip(reward_names, rewards, strict=True)),
+            "num_tokens": len(self.drawn.completion_ids),
+            "finished": self.drawn.finished,
+        } | ({"extra": self.extra} if self.extra else {})
 
     def steps_of(self, k: int) -> list[tuple[int, float]]:
         """Return the steps that reward function k judged; an outcome is one, at the last token."""

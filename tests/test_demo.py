@@ -32,8 +32,8 @@ def test_the_demo_fills_its_run_directory(tmp_path):
     )
     summary = Trainer(config).train()
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "curves.png",
-        "checkpoints", "final",
+        "config.yaml", "metrics.jsonl", "completions.jsonl", "rewards.jsonl", "warnings.jsonl",
+        "summary.json", "curves.png", "checkpoints", "final",
     }  # fmt: skip
     assert set(summary["test"]) == {"greedy", "sampled"}
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgrpo.evaluation import estimate, group_answers, interval, majority_at_k, pass_at_k
-from fastgrpo.evaluation.votes import answer_of, is_unmarked_prose
+from fastgrpo.evaluation.votes import is_unmarked_prose
+from fastgrpo.rewards.answers import answer_of
 
 
 @pytest.mark.parametrize("num_samples", range(1, 8))

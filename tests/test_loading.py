@@ -49,7 +49,10 @@ def test_a_saved_model_loads_in_the_type_asked_for(tmp_path, family):
             assert value.dtype == dtype
             assert torch.equal(value, saved[key].to(dtype))
     assert load(name, attn_implementation="eager").config._attn_implementation == "eager"
-    assert load_tokenizer(name)("ab")["input_ids"] == small_tokenizer()("ab")["input_ids"]
+    assert (
+        load_tokenizer(TrainConfig(model_name_or_path=name))("ab")["input_ids"]
+        == small_tokenizer()("ab")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -105,10 +108,10 @@ def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        load_tokenizer(str(tmp_path / "missing"))
+        load_tokenizer(TrainConfig(model_name_or_path=str(tmp_path / "missing")))
     small_model().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="holds no tokenizer"):
-        load_tokenizer(str(tmp_path / "model"))
+        load_tokenizer(TrainConfig(model_name_or_path=str(tmp_path / "model")))
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model cannot be loaded: .*no file named"):
         load(tmp_path / "model")

@@ -130,7 +130,7 @@ TRAINING = {
 }
 
 
-SLOW = ("qwen3 budget", "llama kept", "llama master weights", "lora kept")
+SLOW = ("qwen3 budget", "gemma3", "llama kept", "llama master weights", "lora kept")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_training_takes_what_was_planned(tmp_path, case):
     ("family", "values"),
     [
         ("qwen3", {}),
-        ("llama", {"bf16": True}),
+        pytest.param("llama", {"bf16": True}, marks=pytest.mark.slow),
         ("gemma3", {"top_p": 0.9, "max_generation_batch_size": 16}),
     ],
 )

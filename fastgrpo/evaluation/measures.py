@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..rewards import Judges
+from ..rewards.answers import answer_of
 from ..rewards.contract import content
 from ..samples import Sample
 from .estimates import Estimate, estimate, majority_at_k, pass_at_k
-from .votes import answer_of, group_answers
+from .votes import group_answers
 
 
 @dataclass(frozen=True)

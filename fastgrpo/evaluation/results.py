@@ -13,7 +13,7 @@ from typing import Any
 
 from ..console import Console
 from ..readable import number
-from ..run_directory import _versions  # pyright: ignore[reportPrivateUsage]
+from ..run_directory import versions
 from ..samples import Sample
 from .estimates import Estimate
 from .measures import Verdict
@@ -42,7 +42,7 @@ class Results:
 
     def flat(self) -> dict[str, Any]:
         """Return what the file holds; what is no number is null."""
-        values = dataclasses.asdict(self) | {"versions": _versions()}
+        values = dataclasses.asdict(self) | {"versions": versions()}
         values["averages"] = {name: _plain(value) for name, value in self.averages.items()}
         return values
 
@@ -71,8 +71,12 @@ def write(
                 "x", encoding="utf-8", errors="backslashreplace"
             ) as file:
                 for i, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True)):
-                    line = _line(sample, verdict, reward_names)
-                    line = {"row": i // results.num_samples, **line}
+                    line = {
+                        "row": i // results.num_samples,
+                        **sample.line(reward_names),
+                        "answer": verdict.answer,
+                        "right": verdict.right,
+                    }
                     file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         except FileExistsError:
             continue
@@ -88,19 +92,6 @@ def _names(folder: Path, name: str) -> Iterator[Path]:
         if not path.exists():
             yield path
         count += 1
-
-
-def _line(sample: Sample, verdict: Verdict, reward_names: Sequence[str]) -> dict[str, Any]:
-    rewards = map(_plain, sample.rewards_K.tolist())
-    return {
-        "prompt": sample.prompt,
-        "completion": sample.text,
-        "answer": verdict.answer,
-        "right": verdict.right,
-        "rewards": dict(zip(reward_names, rewards, strict=True)),
-        "num_tokens": len(sample.drawn.completion_ids),
-        "finished": sample.drawn.finished,
-    } | ({"extra": sample.extra} if sample.extra else {})
 
 
 def show(console: Console, results: Results, reward_names: Sequence[str], name: str) -> None:

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-# pyright: ignore is for the lines until `answers.answer_of` is public.
-from ..rewards.answers import (
-    _bare,  # pyright: ignore[reportPrivateUsage]
-    is_right,
-)
-
-
-def answer_of(completion: str) -> str:
-    """Return a completion's answer, as `rewards.accuracy` reads it."""
-    end = completion.rfind("</answer>")
-    start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
-    return _bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
+from ..rewards.answers import answer_of, is_right
 
 
 def is_unmarked_prose(completion: str) -> bool:

@@ -34,10 +34,7 @@ _NOTATION = re.compile(r"[\d\\^=+*/<>]")
 
 def is_right(gold: str, completion: str) -> bool:
     """Say whether a completion's answer is the right one, by the rule of `rewards.accuracy`."""
-    gold = _bare(gold.rpartition("####")[2])
-    end = completion.rfind("</answer>")
-    start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
-    answer = _bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
+    gold, answer = _bare(gold.rpartition("####")[2]), answer_of(completion)
     if answer == gold:
         return gold != ""
     gold_number, number = _number(gold), _number(answer)
@@ -47,6 +44,13 @@ def is_right(gold: str, completion: str) -> bool:
         return False
     # Undelimited, math-verify would take the last number of "1/2" or "70, 71, 72".
     return _checker.equal(_delimited(gold), _delimited(answer))
+
+
+def answer_of(completion: str) -> str:
+    """Return a completion's answer as it is compared: of its tag or its box, or all of it."""
+    end = completion.rfind("</answer>")
+    start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
+    return _bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
 
 
 def _bare(text: str) -> str:

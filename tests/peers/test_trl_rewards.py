@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen
 from fastgrpo.rewards import Judges
 
 pytestmark = pytest.mark.peers
+pytest.importorskip("trl", minversion="1.16")
 
 TEXTS = [
     r"<think>half of one</think> \boxed{\frac{1}{2}}",
