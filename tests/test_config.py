@@ -36,11 +36,11 @@ def test_trl_epsilon_is_both_bounds_unless_epsilon_high_is_given():
     assert (config.loss.epsilon_low, config.loss.epsilon_high) == (0.1, 0.28)
 
 
-def test_an_override_of_epsilon_wins_over_both_bounds_of_the_file(tmp_path):
+def test_an_override_of_epsilon_leaves_the_file_its_upper_bound(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("task: arithmetic\nepsilon_low: 0.2\nepsilon_high: 0.28\n")
     loss = load_config(path, ["epsilon=0.1"]).loss
-    assert (loss.epsilon_low, loss.epsilon_high) == (0.1, 0.1)
+    assert (loss.epsilon_low, loss.epsilon_high) == (0.1, 0.28)
 
 
 def test_what_is_written_to_the_run_directory_reads_back_as_the_same_configuration(tmp_path):

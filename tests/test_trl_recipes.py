@@ -113,7 +113,7 @@ def test_advice_names_options_that_there_are():
 @pytest.mark.parametrize("name", sorted(TRANSLATED | OLDER))
 def test_what_has_another_name_or_other_values_is_translated(name):
     value, becomes = (TRANSLATED | OLDER)[name]
-    needed = {"use_vllm": True} if name.startswith("vllm_max") else {}
+    needed = {"use_vllm": True} if name.startswith("vllm_") else {}
     config = config_from({name: value, **needed})
     assert config == config_from(becomes | needed)
     flat = config.flat()
@@ -237,7 +237,10 @@ def test_that_recipe_runs_once_it_is_overridden(tmp_path):
 @pytest.mark.parametrize(
     ("written", "override", "expected"),
     [
-        ("epsilon_low: 0.1\nepsilon_high: 0.28", "epsilon=0.3", (0.3, 0.3)),
+        ("epsilon_low: 0.1\nepsilon_high: 0.28", "epsilon=0.3", (0.3, 0.28)),
+        ("epsilon: 0.1\nepsilon_high: 0.28", "epsilon=0.2", (0.2, 0.28)),
+        ("epsilon: 0.1", "epsilon_high=0.28", (0.1, 0.28)),
+        ("epsilon_low: 0.1", "epsilon=0.3", (0.3, 0.3)),
         ("epsilon: 0.1", "epsilon_low=0.3", (0.3, 0.1)),
         ("epsilon: 0.1\nepsilon_high: 0.28", "epsilon_high=null", (0.1, 0.1)),
         ("epsilon: x", "epsilon=0.3", (0.3, 0.3)),
@@ -275,9 +278,39 @@ def test_overrides_of_names_that_are_translated(tmp_path):
         path, ["warmup_steps=5", "dtype=float32", "reward_funcs=[format]", "report_to=all"]
     )
     assert (config.warmup_steps, config.dtype) == (5, "float32")
-    assert (config.reward_funcs, config.report_to) == (["format"], ["all"])
+    assert (config.reward_funcs, config.report_to) == (["o/m", "format"], ["all"])
     config = load_config(path, ["torch_dtype=float32", "reward_model_name_or_path=o/n"])
     assert (config.dtype, config.reward_funcs) == ("float32", ["o/n"])
+
+
+@pytest.mark.parametrize(
+    ("written", "overrides", "functions"),
+    [
+        ("reward_model_name_or_path: o/m\nreward_funcs: [accuracy]", [], ["o/m", "accuracy"]),
+        ("reward_model_name_or_path: o/m\nreward_funcs: [accuracy]",
+         ["reward_funcs=[format]"], ["o/m", "format"]),
+        ("reward_model_name_or_path: o/m\nreward_funcs: [accuracy]",
+         ["reward_model_name_or_path=o/n"], ["o/n", "accuracy"]),
+        ("reward_model_name_or_path: o/m\nreward_funcs: [accuracy]",
+         ["reward_model_name_or_path=null"], ["accuracy"]),
+        ("reward_model_name_or_path: o/m\nreward_funcs: accuracy",
+         ["reward_funcs=null"], ["o/m"]),
+        ("reward_funcs: [accuracy]",
+         ["reward_funcs=format", "reward_model_name_or_path=o/n"], ["o/n", "format"]),
+    ],
+)  # fmt: skip
+def test_overrides_of_the_rewards(tmp_path, written, overrides, functions):
+    path = tmp_path / "run.yaml"
+    path.write_text(written)
+    assert load_config(path, overrides).reward_funcs == functions
+
+
+def test_adapters_can_be_as_strong_as_those_of_rslora():
+    """The advice on `use_rslora`: alpha / sqrt(r) is (alpha * sqrt(r)) / r."""
+    assert "multiply lora_alpha by the square root of lora_r" in INSTEAD["use_rslora"]
+    alpha = 32 * 8**0.5
+    config = config_from({"use_peft": True, "lora_r": 8, "lora_alpha": alpha})
+    assert config.lora_alpha / config.lora_r == pytest.approx(32 / 8**0.5)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def _listed(key: str, **whole: Any) -> Change:
 def _epsilon(value: Any, source: Values, run: Values) -> dict[str, Any]:
     low = _renamed("epsilon_low")(value, source, run)
     both = low | {"epsilon_high": value} if low else {}
-    return low if source.get("epsilon_high") is not None else both
+    return low if run.get("epsilon_high") is not None else both
 
 
 def _epsilon_high(value: Any, source: Values, run: Values) -> dict[str, Any]:
@@ -108,11 +108,14 @@ def _generation_batch_size(value: Any, source: Values, run: Values) -> dict[str,
     return {"steps_per_generation": value // size}
 
 
-def _reward_model(value: Any, source: Values, run: Values) -> dict[str, Any]:
-    if value is None:
-        return {}
-    functions = run.get("reward_funcs") or []
-    return {"reward_funcs": [value, *(functions if isinstance(functions, list) else [functions])]}
+def _reward_funcs(value: Any, source: Values, run: Values) -> dict[str, Any]:
+    """Return all rewards of a run, the model first, whichever source gives which."""
+    model, functions = run.get("reward_model_name_or_path"), run.get("reward_funcs")
+    if isinstance(functions, str):
+        functions = [functions]
+    if model is not None and isinstance(functions, list | None):
+        functions = [model, *(functions or [])]
+    return {} if functions is None else {"reward_funcs": functions}
 
 
 def _log_completions(value: Any, source: Values, run: Values) -> dict[str, Any]:
@@ -193,14 +196,14 @@ TRANSLATED: dict[str, Change] = {
     "optim": _replaced("optim", {"adamw_torch": "adamw_torch_fused"}),  # the same updates
     "top_k": _replaced("top_k", {None: 0, -1: 0}),
     "report_to": _listed("report_to", none=[]),
-    "reward_funcs": _listed("reward_funcs"),
+    "reward_funcs": _reward_funcs,
     "lora_target_modules": _listed("lora_target_modules", **{"all-linear": None}),
     "lora_dropout": _lora_dropout,
     "logging_steps": _steps("logging_steps"),
     "eval_steps": _steps("eval_steps"),
     "save_steps": _steps("save_steps"),
     "generation_batch_size": _generation_batch_size,
-    "reward_model_name_or_path": _reward_model,
+    "reward_model_name_or_path": _reward_funcs,
     "log_completions": _log_completions,
     "activation_checkpointing": _renamed("gradient_checkpointing"),
     "gradient_checkpointing_kwargs": _checkpointing_kwargs,

@@ -39,7 +39,10 @@ INSTEAD: dict[str, str] = {
         ("lora_target_parameters", "adapters are for linear layers; write lora_target_modules"),
         ("lora_modules_to_save", "only adapters are trained; leave it out, or use_peft"),
         ("lora_task_type", "the model is a causal LM; leave it out"),
-        ("use_rslora", "multiply lora_alpha by the square root of lora_r instead"),
+        (
+            "use_rslora",
+            "multiply lora_alpha by the square root of lora_r instead; it need not be whole",
+        ),
         ("use_dora", "adapters are plain LoRA; leave it out"),
         ("load_in_8bit", "write load_in_4bit: true, or dtype: bfloat16"),
         ("bnb_4bit_quant_storage", "4 bits are stored in uint8; leave it out"),
