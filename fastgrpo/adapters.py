@@ -43,12 +43,13 @@ def add_adapters(model: PreTrainedModel, config: ModelOptions) -> PeftModel:
             "them first with merge_and_unload()"
         )
     targets = config.lora_target_modules
+    alpha: Any = config.lora_alpha  # PEFT takes fractions too
     if targets is not None:
         _check_targets(model, targets)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets is None else targets,  # all but the LM head
     )

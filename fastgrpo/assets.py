@@ -63,7 +63,7 @@ def load_assets(config: TrainConfig) -> Assets:
     train_dataset = load_split(split=config.dataset_train_split)
     test_dataset = None
     if config.test_split is not None:
-        test_dataset = _measured(load_split(split=config.test_split), config)
+        test_dataset = load_split(split=config.test_split)
     tokenizer = load_tokenizer(config)
     return Assets(
         model=load_model(config),
@@ -71,11 +71,6 @@ def load_assets(config: TrainConfig) -> Assets:
         train_dataset=train_dataset,
         test_dataset=test_dataset,
     )
-
-
-def _measured(dataset: Dataset, config: TrainConfig) -> Dataset:
-    count = config.max_eval_samples
-    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
 def _arithmetic(config: TrainConfig) -> Assets:
@@ -100,7 +95,7 @@ def _arithmetic(config: TrainConfig) -> Assets:
         model=model,
         tokenizer=tokenizer,
         train_dataset=datasets["train"],
-        test_dataset=_measured(datasets["test"], config),
+        test_dataset=datasets["test"],
         validation_dataset=datasets["validation"],
         warm_start=warm_start,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fastgrpo_kernels import GRPOLossConfig
@@ -29,9 +30,9 @@ class EntropyBonus:
         return replace(self._config.loss, entropy_coef=self.coefficient if self._due else 0.0)
 
     def update(self, entropy: float | None) -> None:
-        """Take note of the mean entropy of the tokens of a step, in nats; None: not known."""
+        """Take note of the mean entropy of the tokens of a step, in nats; None, NaN: not known."""
         config = self._config
-        if not config.use_adaptive_entropy or entropy is None:
+        if not config.use_adaptive_entropy or entropy is None or math.isnan(entropy):
             return
         self._due = entropy <= config.entropy_target
         change = config.entropy_coef_delta if self._due else -config.entropy_coef_delta

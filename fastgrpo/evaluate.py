@@ -14,7 +14,6 @@ import torch
 
 from .config import TrainConfig
 from .metrics import completion_metrics, reward_metrics
-from .rewards import Scores
 from .rollout import SamplingParams
 from .samples import Sample, Sampler
 
@@ -30,8 +29,8 @@ class Evaluator:
 
     def batches(
         self, num_generations: int = 1, sampling: SamplingParams | None = None
-    ) -> Iterator[tuple[list[Sample], Scores]]:
-        """Yield completions of some prompts after the others, and what was said of them.
+    ) -> Iterator[list[Sample]]:
+        """Yield completions of some prompts after the others.
 
         Args:
             num_generations: completions of each prompt, next to each other.
@@ -53,7 +52,7 @@ class Evaluator:
         self, num_generations: int = 1, sampling: SamplingParams | None = None
     ) -> list[Sample]:
         """Return completions of all prompts; the arguments are those of `batches`."""
-        return [one for some, _ in self.batches(num_generations, sampling) for one in some]
+        return [one for some in self.batches(num_generations, sampling) for one in some]
 
     def accuracy(self, temperature: float | None = None) -> float:
         """Return the first reward function's mean, one completion a prompt; 0 decodes greedily."""
@@ -61,6 +60,7 @@ class Evaluator:
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
         judged = [one.rewards_K[0] for one in self.sample(sampling=sampling)]
+        self.sampler.take_logged()  # it is of no step
         return float(torch.stack(judged).double().nanmean())
 
     def metrics(self) -> dict[str, float]:
@@ -71,7 +71,7 @@ class Evaluator:
         """
         count = self.config.num_generations_eval or self.config.num_generations
         samples = self.sample(count)
-        metrics = self.averages(samples)
+        metrics = self.sampler.take_logged() | self.averages(samples)
         judged_PG = torch.stack([one.rewards_K[0] for one in samples]).view(-1, count)
         if count > 1 and bool(((judged_PG == 0) | (judged_PG == 1)).all()):
             metrics[f"pass@{count}"] = judged_PG.amax(1).mean().item()
@@ -89,3 +89,13 @@ class Evaluator:
         config = self.config
         completions = config.per_device_eval_batch_size or config.completions_per_step
         return max(1, completions // num_generations)
+
+
+def evaluator_of(
+    config: TrainConfig, sampler: Sampler, dataset: Dataset | None
+) -> Evaluator | None:
+    """Return what measures the first `max_eval_samples` prompts of a test split, if any."""
+    if dataset is None:
+        return None
+    count = min(config.max_eval_samples or len(dataset), len(dataset))
+    return Evaluator(config, sampler, dataset.select(range(count)))

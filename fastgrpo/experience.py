@@ -5,7 +5,6 @@ B completions, those of a prompt (its group) next to each other; K reward functi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +31,8 @@ class Experience:
     samples: list[Sample]
     """All that were sampled, what dynamic sampling left out included."""
     advantages: list[Tensor]
-    """Of each of the samples: one value, or one of each token."""
+    """Of each of the samples: one value, or one of each token; 0 if it was left out."""
     metrics: dict[str, float]
-    problems: list[str]
-    """What went wrong in reward functions."""
     num_tokens: int
     """Sampled and read, what was thrown away included."""
 
@@ -56,49 +53,48 @@ class Collector:
         that was sampled: those of what is kept would flatter the policy.
         """
         config, judges = self.config, self.sampler.judges
-        metrics: dict[str, float] = {}
-        problems: list[str] = []
-
-        def sample(count: int) -> list[Sample]:
-            rows = self.dataset[self.prompts.take(count)]
-            samples, scores = self.sampler.sample(
-                rows, config.num_generations, self.generator, times=times
-            )
-            metrics.update(scores.metrics)
-            problems.extend(scores.problems)
-            return samples
-
         self.sampler.rollout.update_weights(self.sampler.policy.model)
-        samples = everything = sample(num_prompts)
+        samples = everything = self._sample(num_prompts, times)
+        rounds, size = 0, config.num_generations
         if config.dynamic_sampling:
-            samples, everything, rounds = self._resample(samples, sample)
-            metrics["dynamic_sampling/rounds"] = rounds
-            metrics["dynamic_sampling/num_prompts"] = len(everything) // config.num_generations
+            samples, everything, rounds = self._resample(samples, times)
         self.sampler.rollout.sleep()
         with timed(times, "reward"):
             advantages = self._compare(samples)
-            whole = advantages if everything is samples else self._compare(everything)
+        silent = advantages.zero_std.float().mean().item()
         rewards_BK = torch.stack([one.rewards_K for one in everything])
+        metrics = self.sampler.take_logged()
         metrics |= reward_metrics(judges.names, judges.weights, rewards_BK)
-        metrics |= advantage_metrics(whole)
+        metrics |= advantage_metrics(advantages.advantages)
         metrics |= completion_metrics(
             [one.num_counted for one in everything],
             [one.drawn.finished for one in everything],
         )
+        metrics["frac_reward_zero_std"] = silent
         if config.dynamic_sampling:
-            metrics["dynamic_sampling/frac_without_signal"] = (
-                advantages.zero_std.float().mean().item()
+            # Groups that were left out have no signal, and all that have none may be among these.
+            num_silent = (
+                round(silent * len(samples) / size) + (len(everything) - len(samples)) // size
             )
+            metrics["frac_reward_zero_std"] = num_silent * size / len(everything)
+            metrics["dynamic_sampling/rounds"] = rounds
+            metrics["dynamic_sampling/num_prompts"] = len(everything) // size
+            metrics["dynamic_sampling/frac_without_signal"] = silent
+        of_each = _of_each(samples, advantages)
+        trained = {id(one): advantage for one, advantage in zip(samples, of_each, strict=True)}
         return Experience(
-            self._batch(samples, advantages),
+            self._batch(samples, of_each),
             everything,
-            _of_each(everything, whole),
+            [trained.get(id(one), torch.zeros(1)) for one in everything],
             metrics,
-            problems,
             sum(len(x.drawn.prompt_ids) + len(x.drawn.completion_ids) for x in everything),
         )
 
-    def _batch(self, samples: list[Sample], advantages: Advantages) -> Batch:
+    def _sample(self, num_prompts: int, times: dict[str, float]) -> list[Sample]:
+        rows = self.dataset[self.prompts.take(num_prompts)]
+        return self.sampler.sample(rows, self.config.num_generations, self.generator, times=times)
+
+    def _batch(self, samples: list[Sample], advantages: list[Tensor]) -> Batch:
         masked = self.config.mask_truncated_completions
         return make_batch(
             [one.drawn.prompt_ids for one in samples],
@@ -106,7 +102,7 @@ class Collector:
             [one.drawn.logps for one in samples],
             [
                 value.expand(len(one.drawn.completion_ids))
-                for value, one in zip(_of_each(samples, advantages), samples, strict=True)
+                for value, one in zip(advantages, samples, strict=True)
             ],
             [
                 [False] * len(one.drawn.completion_ids)
@@ -117,7 +113,7 @@ class Collector:
         )
 
     def _resample(
-        self, samples: list[Sample], sample: Callable[[int], list[Sample]]
+        self, samples: list[Sample], times: dict[str, float]
     ) -> tuple[list[Sample], list[Sample], int]:
         """Return as many completions with signal as can be had, all that were seen, and rounds."""
         size, everything, rounds = self.config.num_generations, samples, 0
@@ -125,7 +121,7 @@ class Collector:
         signal = self._have_signal(samples)
         while sum(signal) < wanted and rounds < self.config.max_resample_rounds:
             rounds += 1
-            more = sample(wanted - sum(signal))
+            more = self._sample(wanted - sum(signal), times)
             everything = everything + more
             signal += self._have_signal(more)
         groups = sorted(range(len(signal)), key=lambda group: not signal[group])  # signal first

@@ -48,8 +48,6 @@ class Journal:
             logged: one of the steps that it serves is logged.
         """
         self.run.add_rewards(step, found, self.reward_names)
-        for problem in found.problems:
-            self.warn(step, problem)
         sample, advantage = found.samples[0], found.advantages[0]
         self.console.sample(
             prompt=sample.prompt,
@@ -82,3 +80,22 @@ class Journal:
         """Say that something is wrong, and keep it."""
         self.run.add_warning(step, text)
         self.console.warning(text)
+
+    def finish(
+        self, before: Mapping[str, float], after: Mapping[str, float], **facts: Any
+    ) -> dict[str, Any]:
+        """Write the summary, show what was reached, and return what the summary holds.
+
+        Args:
+            before: the first reward function's mean on the test split, by way of decoding.
+            after: the same after training.
+            facts: what else is known.
+        """
+        judge = self.reward_names[0]
+        summary: dict[str, Any] = {**facts, "judge": judge}
+        if before:
+            summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
+            self.console.accuracies(f"{judge} on held-out prompts", summary["test"])
+        summary = self.run.finish(f"rewards/{judge}/mean", **summary)
+        self.console.message(f"run directory: {self.run.path}")
+        return summary

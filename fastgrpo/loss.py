@@ -62,9 +62,10 @@ def batch_loss(
     with policy.autocast():
         if options is not None and options.need_statistics:
             logps, entropy = _statistics(policy, hidden_NH.detach(), batch, config.temperature)
+            mask = batch.mask.to(logps.device, non_blocking=True)
             if options.top_entropy_quantile < 1:
                 entropy_mask = top_entropy_mask(
-                    entropy, quantile=options.top_entropy_quantile, completion_mask=batch.mask
+                    entropy, quantile=options.top_entropy_quantile, completion_mask=mask
                 )
                 if config.loss_type != "bnpo":
                     entropy_denominator = entropy_mask.sum() * num_passes
@@ -78,7 +79,7 @@ def batch_loss(
                     ),
                     batch.sequence_advantages,
                     threshold=options.off_policy_mask_threshold,
-                    completion_mask=batch.mask.to(logps.device, non_blocking=True),
+                    completion_mask=mask,
                     cu_seqlens=batch.cu_seqlens,
                 )
         return linear_grpo_loss(

@@ -1,23 +1,17 @@
-"""Metrics: one value a step from what its micro-batches report, and `metrics.jsonl`."""
+"""Metrics: one value a step from what its micro-batches report."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo_kernels import GRPOLossConfig
-
-from .advantages import Advantages
 
 SUMMED = frozenset(
     {"loss", "num_tokens", "num_sequences", "num_computed_rows", "num_gradient_rows"}
@@ -148,14 +142,10 @@ def completion_metrics(lengths: Sequence[int], finished: Sequence[bool]) -> dict
     return metrics
 
 
-def advantage_metrics(advantages: Advantages) -> dict[str, float]:
-    """Return what is known of advantages before training on them, named as TRL names it."""
-    mean, std = _mean_and_std(advantages.advantages)
-    return {
-        "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
-        "advantages/mean": mean,
-        "advantages/std": std,
-    }
+def advantage_metrics(advantages: Tensor) -> dict[str, float]:
+    """Return mean and standard deviation of what is trained on."""
+    mean, std = _mean_and_std(advantages)
+    return {"advantages/mean": mean, "advantages/std": std}
 
 
 def _mean_and_std(values_B: Tensor) -> tuple[float, float]:
@@ -172,45 +162,6 @@ def timed(times: dict[str, float], name: str) -> Generator[None]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     times[name] = times.get(name, 0.0) + time.perf_counter() - start
-
-
-class MetricsWriter:
-    """Appends one JSON object a line to a file, each on the disk as soon as it is written."""
-
-    def __init__(self, path: str | Path) -> None:
-        """Open the file, which is made or continued.
-
-        Args:
-            path: usually `metrics.jsonl` of a run directory.
-        """
-        self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (see close)
-
-    def write(self, metrics: Mapping[str, Any]) -> None:
-        """Write one line; 0-d tensors become numbers, NaN and infinities null."""
-        plain = {name: _json_value(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the lines that `MetricsWriter` wrote; null is None."""
-    with Path(path).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -230,9 +181,3 @@ def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

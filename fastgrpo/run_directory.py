@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,26 +15,36 @@ import yaml
 
 from .config import TrainConfig
 from .experience import Experience
-from .metrics import MetricsWriter, read_metrics
+from .json_lines import append_lines, plain, read_lines
 from .report import save_curves
 
 
 class RunDirectory:
     """A directory that belongs to one run, and what is written into it."""
 
-    def __init__(self, config: TrainConfig, name: str) -> None:
+    def __init__(
+        self, config: TrainConfig, name: str, objects: Mapping[str, Any] | None = None
+    ) -> None:
         """Make the directory, `config.output_dir` or a new one under `runs/`.
+
+        Args:
+            config: the run.
+            name: how a new directory under `runs/` is called.
+            objects: what was given as objects in place of names of the configuration, if anything:
+                `objects.json` says so.
 
         Raises:
             ValueError: the directory holds something: a run is never overwritten.
         """
         self.path = _create(config.output_dir, name)
         self._write("config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
+        given = {key: value for key, value in (objects or {}).items() if value is not None}
+        if given:
+            self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a step's line to metrics.jsonl."""
-        with MetricsWriter(self.path / "metrics.jsonl") as writer:
-            writer.write(metrics)
+        append_lines(self.path / "metrics.jsonl", [metrics])
 
     def add_completions(
         self, step: int, found: Experience, reward_names: Sequence[str], count: int
@@ -53,55 +62,53 @@ class RunDirectory:
             {
                 "step": step,
                 **sample.line(reward_names),
-                "advantage": advantage.item() if len(advantage) == 1 else advantage.tolist(),
+                "advantage": advantage[0] if len(advantage) == 1 else advantage,
             }
             for sample, advantage in some
         ]
-        self._append("completions.jsonl", lines)
-        return lines
+        append_lines(self.path / "completions.jsonl", lines)
+        return [plain(line) for line in lines]
 
     def add_rewards(self, step: int, found: Experience, reward_names: Sequence[str]) -> None:
         """Append the rewards of all completions of a generation to rewards.jsonl."""
         columns = torch.stack([sample.rewards_K for sample in found.samples]).T.tolist()
-        rewards = {name: _plain(values) for name, values in zip(reward_names, columns, strict=True)}
-        advantages = [float(advantage.mean()) for advantage in found.advantages]
-        line = {"step": step, "rewards": rewards, "advantages": _plain(advantages)}
-        self._append("rewards.jsonl", [line])
+        rewards = dict(zip(reward_names, columns, strict=True))
+        advantages = [advantage.mean() for advantage in found.advantages]
+        line = {"step": step, "rewards": rewards, "advantages": advantages}
+        append_lines(self.path / "rewards.jsonl", [line])
 
     def add_warning(self, step: int, text: str) -> None:
         """Append a warning to warnings.jsonl."""
-        self._append("warnings.jsonl", [{"step": step, "text": text}])
+        append_lines(self.path / "warnings.jsonl", [{"step": step, "text": text}])
 
     def remove_old_checkpoints(self, limit: int | None) -> None:
         """Delete all but the newest `limit` checkpoints; None: keep all."""
-        folders = (self.path / "checkpoints").glob("step-*")
-        steps = sorted(int(folder.name.removeprefix("step-")) for folder in folders)
-        for step in steps[: -limit if limit else 0]:
-            shutil.rmtree(self.path / "checkpoints" / f"step-{step}")
+        if limit is None:
+            return
+        folder = self.path / "checkpoints"
+        steps = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
+        for step in sorted(int(step) for step in steps if step.isdecimal())[:-limit]:
+            # Under another name first: what is half deleted is no checkpoint.
+            old = (folder / f"step-{step}").rename(folder / f".step-{step}.old")
+            shutil.rmtree(old)
 
-    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            for line in lines:
-                # Columns of reward functions may hold anything.
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    def discard(self) -> None:
+        """Delete the directory of a run that could not begin."""
+        shutil.rmtree(self.path)
 
     def finish(self, accuracy_key: str, **summary: Any) -> dict[str, Any]:
         """Write curves.png and summary.json; return what the summary holds."""
-        metrics = read_metrics(self.path / "metrics.jsonl")
+        metrics = read_lines(self.path / "metrics.jsonl")
         save_curves(
             metrics, self.path / "curves.png", title=self.path.name, accuracy_key=accuracy_key
         )
         summary |= {"final_metrics": metrics[-1], "versions": versions()}
+        summary = plain(summary)
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
     def _write(self, name: str, text: str) -> None:
         (self.path / name).write_text(text, encoding="utf-8")
-
-
-def _plain(values: Sequence[float]) -> list[float | None]:
-    """Return numbers as JSON has them: NaN is null."""
-    return [None if math.isnan(value) else value for value in values]
 
 
 def check_free(output_dir: str | None) -> None:

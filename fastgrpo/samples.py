@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .data import encode_prompt
 from .metrics import timed
 from .model import Policy
-from .rewards import Completion, Judges, Scores, decode_completions
+from .rewards import Completion, Judges, decode_completions
 from .rollout import Drawn, Rollout, SamplingParams
 from .rollout_fn import Engine, RolloutFunction, play
 
@@ -83,6 +83,8 @@ class Sampler:
         self.config, self.policy, self.rollout, self.judges = config, policy, rollout, judges
         self.rollout_fn = rollout_fn
         self.state = TrainerState()
+        self._problems: list[str] = []
+        self._logged: list[tuple[dict[str, float], int]] = []
         self.sampling = SamplingParams(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -99,7 +101,7 @@ class Sampler:
         *,
         times: dict[str, float],
         sampling: SamplingParams | None = None,
-    ) -> tuple[list[Sample], Scores]:
+    ) -> list[Sample]:
         """Sample and judge completions of each prompt.
 
         Args:
@@ -128,8 +130,10 @@ class Sampler:
                 columns=columns | extra,
                 trainer_state=self.state,
             )
+        self._problems += scores.problems
+        self._logged.append((scores.metrics, len(drawn)))
         extra |= scores.extra
-        samples = [
+        return [
             Sample(
                 prompt=prompts[i],
                 text=texts[i],
@@ -140,7 +144,28 @@ class Sampler:
             )
             for i, one in enumerate(drawn)
         ]
-        return samples, scores
+
+    def take_problems(self) -> list[str]:
+        """Return what went wrong in reward functions since the last time, a sentence each."""
+        problems, self._problems = self._problems, []
+        return problems
+
+    def take_logged(self) -> dict[str, float]:
+        """Return what reward functions have logged since the last time, a mean over completions.
+
+        Their counts of failures are the last there were.
+        """
+        logged, self._logged = self._logged, []
+        sums: dict[str, float] = {}
+        weights: dict[str, int] = {}
+        for metrics, count in logged:
+            for name, value in metrics.items():
+                if name.endswith(("/exceptions", "/timeouts")):
+                    sums[name], weights[name] = value, 1
+                else:
+                    sums[name] = sums.get(name, 0.0) + value * count
+                    weights[name] = weights.get(name, 0) + count
+        return {name: total / weights[name] for name, total in sums.items()}
 
     def _draw(
         self,

@@ -81,11 +81,12 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
 
 
 def disable_dropout(model: Any) -> None:
-    """Set every dropout of a model to 0, that of attention weights included."""
-    for module in model.modules():
-        name = "p" if isinstance(module, torch.nn.Dropout) else "attention_dropout"
-        if name in vars(module):
-            vars(module)[name] = 0.0
+    """Set every dropout of a model to 0: modules, and the numbers that layers and configs keep."""
+    for part in (*model.modules(), model.config):
+        for name, value in list(vars(part).items()):
+            kept = isinstance(part, torch.nn.Dropout) and name == "p"
+            if isinstance(value, float) and (kept or "dropout" in name or "layerdrop" in name):
+                setattr(part, name, 0.0)
 
 
 def build_judges(config: TrainConfig, reward_funcs: Sequence[Any] | None = None) -> Judges:
@@ -94,8 +95,10 @@ def build_judges(config: TrainConfig, reward_funcs: Sequence[Any] | None = None)
     Raises:
         ValueError: a reward function cannot be found, or does not fit; says which.
     """
+    if reward_funcs is not None and not reward_funcs:
+        raise ConfigError("reward_funcs: at least one is required, for example [accuracy]")
     return Judges(
-        reward_funcs or config.reward_funcs,
+        config.reward_funcs if reward_funcs is None else reward_funcs,
         config.reward_weights,
         reward_timeout=config.reward_timeout,
         reward_errors=config.reward_errors,

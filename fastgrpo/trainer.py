@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .checkpoint import name_base, save_checkpoint
 from .config import TrainConfig, is_due
 from .console import Console
 from .entropy_bonus import EntropyBonus
-from .evaluate import Evaluator
+from .evaluate import Evaluator, evaluator_of
 from .experience import Collector
 from .journal import Journal
 from .loss import (
@@ -84,28 +84,44 @@ class Trainer:
         self.config = config
         check_installed(config)
         check_free(config.output_dir)  # before the minutes that a large model takes to load
-        self.judges = build_judges(config, reward_funcs)
-        rollout_fn = build_rollout_fn(config, rollout_fn)
-        self.assets = assets = assets or load_assets(config)
-        self.train_dataset = assets.train_dataset
-        self.policy = load_policy(config, assets)
         console = console or Console(logging_steps=config.logging_steps)
-        rollout = build_rollout(config, self.policy, console.message)
-        self.sampler = Sampler(config, self.policy, rollout, self.judges, rollout_fn)
+        self.judges = build_judges(config, reward_funcs)
+        with ExitStack() as undo:
+            undo.callback(self.judges.close)
+            self._build(config, assets or load_assets(config), rollout_fn, console)
+            objects = {"reward_funcs": reward_funcs and self.judges.names, "rollout_fn": rollout_fn}
+            self.run = RunDirectory(config, run_name, objects)
+            undo.callback(self.run.discard)
+            self.journal = Journal(config, self.run, console, self.judges.names)
+            undo.pop_all()  # nothing has gone wrong
+
+    def _build(
+        self,
+        config: TrainConfig,
+        assets: Assets,
+        rollout_fn: RolloutFunction | None,
+        console: Console,
+    ) -> None:
+        """Make the parts of the loop, and check that they fit together."""
+        self.assets, self.train_dataset = assets, assets.train_dataset
+        self.policy = load_policy(config, assets)
+        self.sampler = Sampler(
+            config,
+            self.policy,
+            build_rollout(config, self.policy, console.message),
+            self.judges,
+            build_rollout_fn(config, rollout_fn),
+        )
         check_datasets(config, assets, self.sampler)
         self.reference = Reference(self.policy, config) if config.loss.beta > 0 else None
         self.collector = Collector(config, self.sampler, self.train_dataset)
-        self.test = None
-        if assets.test_dataset is not None:
-            self.test = Evaluator(config, self.sampler, assets.test_dataset)
+        self.test = evaluator_of(config, self.sampler, assets.test_dataset)
         self.num_steps = config.num_steps(len(self.train_dataset))
         self.epoch = config.steps_per_epoch(len(self.train_dataset))
         self.optimizer, self.scheduler = build_optimizer(self.policy.model, config, self.num_steps)
         self.entropy_bonus = EntropyBonus(config)
+        self.sampler.state.max_steps = self.num_steps
         self.tokens_seen = 0
-
-        self.run = RunDirectory(config, run_name)
-        self.journal = Journal(config, self.run, console, self.judges.names)
 
     def train(self) -> dict[str, Any]:
         """Run all steps and return what `summary.json` holds."""
@@ -133,7 +149,8 @@ class Trainer:
                     times = {}
             self.save(self.run.path / "final")
             after = self.test_accuracy("after")
-            return self.finish(before, after, time.perf_counter() - start)
+            facts = {"steps": self.num_steps, "num_tokens": self.tokens_seen}
+            return journal.finish(before, after, **facts, seconds=time.perf_counter() - start)
 
     def finish_step(
         self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
@@ -260,6 +277,8 @@ class Trainer:
     ) -> None:
         """Write a step's line to metrics.jsonl and show it."""
         seconds = sum(times.values())
+        for problem in self.sampler.take_problems():
+            self.journal.warn(step, problem)
         metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
         metrics |= {f"time/{name}": value for name, value in times.items()}
         metrics["tokens_per_second"] = batch.num_completion_tokens / seconds
@@ -276,21 +295,3 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a Hugging Face checkpoint."""
         save_checkpoint(path, self.policy.model, self.policy.tokenizer)
-
-    def finish(
-        self, before: dict[str, float], after: dict[str, float], seconds: float
-    ) -> dict[str, Any]:
-        """Write the summary and show what was reached."""
-        judge, console = self.judges.names[0], self.journal.console
-        summary: dict[str, Any] = {
-            "steps": self.num_steps,
-            "seconds": seconds,
-            "num_tokens": self.tokens_seen,
-        }
-        if self.test is not None:
-            summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
-            title = f"{judge} on {len(self.test.dataset)} held-out prompts"
-            console.accuracies(title, summary["test"])
-        summary = self.run.finish(f"rewards/{judge}/mean", **summary)
-        console.message(f"run directory: {self.run.path}")
-        return summary

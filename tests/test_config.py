@@ -101,6 +101,18 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
             },
             "advantage_baseline: leave_one_out has no effect",
         ),
+        ({"scale_rewards": "none", "advantage_eps": 0.1}, "advantage_eps: has no effect with"),
+        ({"max_eval_samples": 5}, "max_eval_samples: has no effect without dataset_test_split"),
+        (
+            {"vllm_enable_sleep_mode": True},
+            "vllm_enable_sleep_mode: has no effect without use_vllm",
+        ),
+        ({"off_policy_mask_threshold": -1}, "off_policy_mask_threshold: must be 0 or more, got -1"),
+        (
+            {"chat_template_kwargs": {"tokenize": False}},
+            "chat_template_kwargs: tokenize is set for every prompt; leave it out",
+        ),
+        ({"use_peft": True, "disable_dropout": True, "lora_dropout": 0.1}, "disable_dropout: lora"),
         ({"delta": 1.1}, "delta must be a finite number above 1 + epsilon_high"),
     ],
 )

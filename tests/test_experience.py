@@ -157,6 +157,14 @@ def test_what_another_sampler_drew_is_weighed_by_how_likely_the_policy_finds_it(
     assert trainer.optimise(batch, {})["grad_norm"] > 0
 
 
+def test_the_correction_can_be_left_out(start):
+    trainer = start(vllm_importance_sampling_correction=False)
+    trainer.sampler.rollout = Elsewhere(trainer.sampler.rollout, shift=-0.05)
+    (batch,), _ = trainer.collect(1, {})
+    assert batch.old_logps is not None
+    assert batch.importance_weights is None
+
+
 def test_the_importance_of_what_the_policy_itself_would_sample_is_1(start):
     trainer = start(vllm_importance_sampling_mode="token_truncate")
     rollout = Elsewhere(trainer.sampler.rollout, shift=0.0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import small_model
 from small_runs import lines
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from fastgrpo import policy_loss
 from fastgrpo.config import ConfigError, TrainConfig, config_from
@@ -135,6 +136,15 @@ def test_the_coefficient_follows_the_entropy():
     # A step later than the entropy that calls for it, within the bounds.
     assert applied == pytest.approx([0.0, 0.55, 0.6, 0.0, 0.0, 0.35])
     assert bonus.loss.entropy_coef == pytest.approx(0.6)
+    for _ in range(5):
+        bonus.update(3.0)
+    assert bonus.coefficient == 0
+    floor = EntropyBonus(config_from({**options, "entropy_coef": 0.3, "entropy_coef_min": 0.2}))
+    floor.update(3.0)
+    assert floor.coefficient == 0.2
+    coefficient = bonus.coefficient
+    bonus.update(float("nan"))  # nothing was counted in that step
+    assert bonus.coefficient == coefficient
     fixed = EntropyBonus(config_from({"entropy_coef": 0.3}))
     fixed.update(0.1)
     assert fixed.loss.entropy_coef == 0.3
@@ -153,14 +163,21 @@ def test_a_run_with_an_adaptive_bonus_reports_its_coefficient(start):
 def test_dropout_can_be_switched_off(start):
     from fastgrpo.setup import disable_dropout
 
-    model = small_model("llama", attention_dropout=0.5)
-    model.model.layers[0].mlp.add_module("drop", torch.nn.Dropout(0.3))
-    model.train()
+    drops = small_model("llama", attention_dropout=0.5)
+    drops.model.layers[0].mlp.add_module("drop", torch.nn.Dropout(0.3))
+    opt = AutoModelForCausalLM.from_config(
+        OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=32, num_hidden_layers=1, word_embed_proj_dim=32,
+            num_attention_heads=2, max_position_embeddings=32, dropout=0.5, attention_dropout=0.5,
+        )
+    )  # fmt: skip
     ids = torch.arange(10)[None]
-    assert not torch.equal(model(ids).logits, model(ids).logits)
-    disable_dropout(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
-    assert model.model.layers[0].mlp.drop.p == 0
+    for model in (drops, opt):
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        disable_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert drops.model.layers[0].mlp.drop.p == 0
 
 
 @pytest.mark.parametrize(

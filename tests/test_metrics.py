@@ -1,17 +1,13 @@
 """The step's mean over micro-batches and the lines of metrics.jsonl."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastgrpo.metrics import (
-    MetricsWriter,
     StepMetrics,
     peak_memory_gib,
-    read_metrics,
     sequence_means,
 )
 from fastgrpo_kernels import GRPOLossConfig
@@ -103,23 +99,6 @@ def test_adding_does_not_wait_for_the_gpu() -> None:
         "num_tokens": 6.0,
         "x": 1.0,
     }
-
-
-def test_lines_are_strict_json_and_there_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
-        writer.write({"step": 1, "loss": torch.tensor(0.5), "kl": math.nan, "reward": -math.inf})
-        assert path.read_text() == '{"step": 1, "loss": 0.5, "kl": null, "reward": null}\n'
-        writer.write({"num_tokens": torch.tensor(7), "entropy": torch.tensor(math.nan)})
-    with MetricsWriter(path) as writer:
-        writer.write({"step": 3, "note": "résumé"})
-    assert read_metrics(path) == [
-        {"step": 1, "loss": 0.5, "kl": None, "reward": None},
-        {"num_tokens": 7, "entropy": None},
-        {"step": 3, "note": "résumé"},
-    ]
-    second = json.loads(path.read_text().splitlines()[1])
-    assert type(second["num_tokens"]) is int
 
 
 def test_memory_is_the_peak_of_the_process_on_the_cpu() -> None:

@@ -35,6 +35,9 @@ class DataOptions:
 
     def data_problems(self) -> Iterator[str]:
         """Yield what is wrong with these values."""
+        own = {"tokenize", "return_dict", "add_generation_prompt"}
+        for name in sorted(own & (self.chat_template_kwargs or {}).keys()):
+            yield f"chat_template_kwargs: {name} is set for every prompt; leave it out"
         accuracy = self.warm_start_accuracy
         if not 0 < accuracy < 1:
             yield f"warm_start_accuracy: must be above 0 and below 1, got {accuracy}"

@@ -41,7 +41,13 @@ class LossOptions:
         """Yield what is wrong with these values."""
         yield from share(self, "top_entropy_quantile")
         yield from at_least(
-            self, 0, "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"
+            self,
+            0,
+            "off_policy_mask_threshold",
+            "entropy_coef_min",
+            "entropy_coef_max",
+            "entropy_coef_delta",
+            "entropy_target",
         )
         if self.use_adaptive_entropy and self.top_entropy_quantile < 1:
             yield (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import at_least, below_one, share
+from .checks import above_zero, at_least, below_one, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class ModelOptions:
     """Train LoRA adapters (extra `lora`) and leave the model's own parameters as they are."""
     lora_r: int = 16
     """Rank of the adapters."""
-    lora_alpha: int = 32
+    lora_alpha: float = 32
     """The adapters' output is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
     """Dropout before the adapters. 0 here, 0.05 in TRL: dropout makes the policy that is trained
@@ -70,7 +70,10 @@ class ModelOptions:
 
     def model_problems(self, *, beta: float) -> Iterator[str]:
         """Yield what is wrong with these values."""
-        yield from at_least(self, 1, "lora_r", "lora_alpha", "ref_model_sync_steps")
+        yield from at_least(self, 1, "lora_r", "ref_model_sync_steps")
+        yield from above_zero(self, "lora_alpha")
+        if self.disable_dropout and self.lora_dropout:
+            yield "disable_dropout: lora_dropout would be 0 as well; leave one of them out"
         yield from below_one(self, "lora_dropout")
         yield from share(self, "ref_model_mixup_alpha")
         if self.load_in_4bit and not self.use_peft:

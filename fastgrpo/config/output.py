@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from .checks import at_least
@@ -37,7 +38,8 @@ class OutputOptions:
     eval_on_start: bool = False
     """Evaluate before the first step too."""
     per_device_eval_batch_size: int | None = None
-    """Completions sampled together in evaluations; None: as many as a training step has."""
+    """Completions sampled together in evaluations, those of one prompt at least; None: as many as
+    a training step has."""
     num_generations_eval: int | None = None
     """Completions of each prompt in evaluations during training; None: num_generations."""
     max_eval_samples: int | None = None
@@ -46,7 +48,7 @@ class OutputOptions:
     save_strategy: Strategy = "steps"
     """Write checkpoints every `save_steps`, once an epoch, or only the final one."""
     save_steps: int = 500
-    """Optimisation steps between two checkpoints."""
+    """Optimisation steps between two checkpoints, of the strategy `steps`."""
     save_total_limit: int | None = None
     """Checkpoints that are kept; older ones are deleted when another is complete."""
 
@@ -74,7 +76,7 @@ class OutputOptions:
             yield "save_total_limit: has no effect with save_strategy: no"
 
 
-def is_due(strategy: Strategy, every: int, step: int, steps_per_epoch: float) -> bool:
+def is_due(strategy: Strategy, every: int, step: int, steps_per_epoch: Fraction) -> bool:
     """Say whether something is to be done after a step.
 
     Args:

@@ -75,7 +75,9 @@ class RolloutOptions:
             "vllm_max_model_length",
         )
         yield from above_zero(self, "temperature")
-        yield from share(self, "top_p", "min_p", "vllm_gpu_memory_utilization")
+        yield from share(self, "top_p", "vllm_gpu_memory_utilization")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            yield f"min_p: must be 0 or more and at most 1, got {self.min_p}"
         yield from at_least(self, 0, "top_k")
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if not 0 <= (low or 0.0) < (math.inf if high is None else high):

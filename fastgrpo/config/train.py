@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from fastgrpo_kernels import GRPOLossConfig
@@ -142,6 +143,9 @@ class TrainConfig(  # the fields of the last come first in config.yaml
     def _ignored(self) -> Iterator[str]:
         """Yield the options that say something about what is switched off."""
         fields = {f.name: f.default for f in dataclasses.fields(self)}
+        measures = self.test_split is not None or self.dataset_name is None
+        if self.max_eval_samples is not None and not measures:
+            yield "max_eval_samples: has no effect without dataset_test_split"
         for switch, names in _OPTIONS_OF.items():
             for name in names:
                 if not getattr(self, switch) and getattr(self, name) != fields[name]:
@@ -191,9 +195,9 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         """Prompts of one optimisation step."""
         return self.completions_per_step // self.num_generations
 
-    def steps_per_epoch(self, num_prompts: int) -> float:
+    def steps_per_epoch(self, num_prompts: int) -> Fraction:
         """Optimisation steps that one visit of all prompts takes."""
-        return num_prompts * self.num_iterations / self.prompts_per_step
+        return Fraction(num_prompts * self.num_iterations, self.prompts_per_step)
 
     def num_steps(self, num_prompts: int) -> int:
         """Optimisation steps of a run over a dataset of `num_prompts` prompts."""

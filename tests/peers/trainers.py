@@ -26,7 +26,7 @@ from benchmarks.trainer_cells import Task
 from fastgrpo.assets import Assets
 from fastgrpo.config import config_from
 from fastgrpo.data import PromptSampler
-from fastgrpo.metrics import read_metrics
+from fastgrpo.json_lines import read_lines
 from fastgrpo.rollout import Completions, SamplingParams
 from fastgrpo.trainer import Trainer
 
@@ -129,7 +129,7 @@ def run_ours(
         prepare(trained)
     with _followed(trained) as run:
         trainer.train()
-    run.logs = read_metrics(directory / "ours" / "metrics.jsonl")
+    run.logs = read_lines(directory / "ours" / "metrics.jsonl")
     return run
 
 
