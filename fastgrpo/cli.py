@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .readable import printable
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
@@ -81,8 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return report(options.run, options.out)
         return train(options.config, overrides)
     except KeyboardInterrupt:
-        print("fastgrpo: interrupted before anything was written", file=sys.stderr)
+        _complain("interrupted before anything was written")
         return 130
+
+
+def _complain(error: Exception | str, *more: str) -> None:
+    """Say what is wrong; of texts that others wrote only what a terminal does not obey."""
+    print(f"fastgrpo: {printable(str(error))}", *more, sep="\n", file=sys.stderr)
 
 
 def _add_eval_options(parser: argparse.ArgumentParser) -> None:
@@ -147,28 +154,30 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
 
     from .config import load_config
     from .rewards import RewardError
+    from .rollout_fn import RolloutError
     from .trainer import Trainer
 
     try:
         config = load_config(config_file, overrides)
         trainer = Trainer(config, run_name=Path(config_file).stem)
     except (ValueError, OSError, ImportError) as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+        _complain(error)
         return 2
+    place = f"run directory: {trainer.run.path}"
     try:
         trainer.train()
-    except (RewardError, FloatingPointError) as error:
-        print(f"fastgrpo: {error}\nrun directory: {trainer.run.path}", file=sys.stderr)
+    except (RewardError, RolloutError, FloatingPointError) as error:
+        _complain(error, place)
         return 1
     except OutOfMemoryError as error:
-        print(
-            f"fastgrpo: {error}\n`fastgrpo plan {config_file}` says what takes memory, and which "
-            f"line of the configuration would save most\nrun directory: {trainer.run.path}",
-            file=sys.stderr,
+        advice = (
+            f"`fastgrpo plan {config_file}` says what takes memory, and which line of the "
+            "configuration would save most"
         )
+        _complain(error, advice, place)
         return 1
     except KeyboardInterrupt:
-        print(f"fastgrpo: interrupted\nrun directory: {trainer.run.path}", file=sys.stderr)
+        _complain("interrupted", place)
         return 130
     return 0
 
@@ -185,7 +194,7 @@ def plan(
         config = load_config(config_file, overrides)
         print_plan(config, gpu_memory=gpu_memory, prompt_length=prompt_length)
     except (ValueError, OSError, ImportError) as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     return 0
 
@@ -197,23 +206,27 @@ def evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from . import evaluation
     from .rewards import RewardError
+    from .rollout_fn import RolloutError
 
     try:
         names = (f.name for f in dataclasses.fields(evaluation.EvalOptions))
         asked = evaluation.EvalOptions(**{name: getattr(options, name) for name in names})
         evaluation.evaluate(options.run, asked, overrides)
-    except RewardError as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+    except (RewardError, RolloutError) as error:
+        _complain(error)
         return 1
     except OutOfMemoryError as error:
-        print(
-            f"fastgrpo: {error}\nmax_generation_batch_size=16, or another number, bounds the "
-            "completions that are sampled at once",
-            file=sys.stderr,
+        advice = (
+            "max_generation_batch_size=16, or another number, bounds the completions that are "
+            "sampled at once"
         )
+        _complain(error, advice)
         return 1
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     return 0
 
@@ -225,6 +238,6 @@ def report(run: str, out: str | None) -> int:
 
         print(write_report(Path(run), None if out is None else Path(out)))
     except (ValueError, OSError, ImportError) as error:
-        print(f"fastgrpo: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     return 0

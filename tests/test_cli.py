@@ -109,6 +109,32 @@ def test_a_reward_that_breaks_its_contract_ends_the_run_with_a_sentence(
     assert "Traceback" not in error
 
 
+def test_a_rollout_that_breaks_its_contract_ends_the_run_with_a_sentence(
+    tmp_path, monkeypatch, config_file, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    body = "def rollout(prompts, engine, **columns):\n    return {'prompt_ids': '\\x1b[2J'}\n"
+    (tmp_path / "play.py").write_text(body)
+    assert main(["train", str(config_file), "rollout_fn=play.py:rollout"]) == 1
+    error = capsys.readouterr().err
+    assert "rollout_fn 'rollout' returned nothing under completion_ids, logprobs" in error
+    assert "run directory: runs/tiny-" in error
+    assert "Traceback" not in error
+
+
+def test_what_an_error_quotes_does_not_move_the_terminal(
+    tmp_path, monkeypatch, config_file, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge.py").write_text(
+        "def judge(completions, **columns):\n    raise ValueError('\\x1b]0;owned\\x07 \\u202e')\n"
+    )
+    assert main(["train", str(config_file), "reward_funcs=[judge.py:judge]"]) == 1
+    error = capsys.readouterr().err
+    assert "reward function 'judge' raised ValueError: \ufffd]0;owned\ufffd " in error
+    assert not set("\x1b\x07\u202e") & set(error)
+
+
 def test_a_reward_that_needs_a_column_that_is_not_there_is_named(
     tmp_path, monkeypatch, config_file, capsys
 ):
