@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -32,7 +33,25 @@ def shy(prompts, completions, **columns):
     ]
 
 def fails(completions, **columns):
-    raise RuntimeError("no judge today")
+    raise RuntimeError("no judge \\x1b[2J today")
+
+def at_step(completions, trainer_state, **columns):
+    return [float(trainer_state.global_step)] * len(completions)
+
+def even_turns(completions, turns, **columns):
+    return [float(count % 2 == 0) for count in turns]
+
+def counting(prompts, engine):
+    drawn = engine.generate([engine.encode(prompt) for prompt in prompts])
+    return {
+        "prompt_ids": [one.prompt_ids for one in drawn],
+        "completion_ids": [one.completion_ids for one in drawn],
+        "logprobs": [one.logps for one in drawn],
+        "turns": [len(one.completion_ids) for one in drawn],
+    }
+
+def nothing(prompts, engine, **columns):
+    return {"prompt_ids": []}
 """
 
 
@@ -46,7 +65,11 @@ def problems(numbers):
 def workshop(tmp_path_factory):
     """Make a directory with data, rewards, a model and a configuration."""
     path = tmp_path_factory.mktemp("workshop")
-    splits = {"train": problems(range(2, 34)), "test": problems(range(100, 112))}
+    splits = {
+        "train": problems(range(2, 34)),
+        "test": problems(range(100, 112)),
+        "both": problems(range(31, 36)),
+    }
     DatasetDict(splits).save_to_disk(str(path / "problems"))
     (path / "judges.py").write_text(REWARDS)
     model = save_small_model(path / "model")
@@ -166,6 +189,83 @@ def test_the_same_seed_gives_the_same_completions_and_no_file_is_written_twice(r
     assert found(first)["num_prompts"] == 5
 
 
+def test_completions_are_kept_where_comparing_them_is_interrupted(
+    run, tmp_path, monkeypatch, capsys
+):
+    def interrupt(verdicts, *, by_answer):
+        raise KeyboardInterrupt
+
+    arguments = ["eval", str(run), "-n", "2", "--max-samples", "3", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("fastgrpo.evaluation.command.count_votes", interrupt)
+        assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith("fastgrpo: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["final-test.jsonl"]
+    assert len(lines(tmp_path / "final-test.jsonl")) == 6
+    start = datetime.now(UTC).replace(microsecond=0)
+    assert main(arguments) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "final-test.jsonl", "final-test-2.jsonl", "final-test-2.json",
+    }  # fmt: skip
+    written = datetime.fromisoformat(found(tmp_path / "final-test-2.json")["time"])
+    assert start <= written <= datetime.now(UTC)
+
+
+def test_prompts_that_are_trained_on_are_counted(workshop, run, tmp_path, capsys):
+    assert found(evaluate(run, "-n", 1, "--max-samples", 2))["num_seen_in_training"] == 0
+    assert "trained on" not in capsys.readouterr().out
+    assert found(evaluate(run, "-n", 1, "--split", "both"))["num_seen_in_training"] == 3
+    assert "note: 3 of 5 prompts are in 'train', which is trained on" in capsys.readouterr().out
+    # Those of another dataset, too; what cannot be looked up is not known.
+    path = tmp_path / "others.jsonl"
+    problems([500, 33]).to_json(str(path))
+    other = [f"dataset_name={path}", "dataset_test_split=null"]
+    assert found(evaluate(run, "-n", 1, "--split", "train", *other))["num_seen_in_training"] == 1
+    moved = workshop / "elsewhere"
+    (workshop / "problems").rename(moved)
+    try:
+        results = found(evaluate(run, "-n", 1, "--split", "train", *other))
+    finally:
+        moved.rename(workshop / "problems")
+    assert results["num_seen_in_training"] is None
+    assert "Not known: dataset" in capsys.readouterr().out
+
+
+def test_rewards_are_told_the_step_of_the_checkpoint(workshop, run):
+    override = f"reward_funcs=[{workshop}/judges.py:at_step]"
+    for checkpoint, step in (("step-3", 3), ("final", 6), ("base", 0), (run / "final", 6)):
+        arguments = ["-n", 1, "--max-samples", 1, "--threshold", 0, "--checkpoint", checkpoint]
+        path = evaluate(run, *arguments, override)
+        assert [line["rewards"]["at_step"] for line in lines(path.with_suffix(".jsonl"))] == [step]
+
+
+def test_what_a_rollout_function_adds_serves_the_rewards(workshop, run, capsys):
+    judge = f"reward_funcs=[{workshop}/judges.py:even_turns]"
+    path = evaluate(run, "-n", 2, judge, f"rollout_fn={workshop}/judges.py:counting")
+    for line in lines(path.with_suffix(".jsonl")):
+        assert line["right"] == (line["extra"]["turns"] % 2 == 0) == (line["num_tokens"] % 2 == 0)
+    capsys.readouterr()
+    assert main(["eval", str(run), f"rollout_fn={workshop}/judges.py:nothing"]) == 1
+    error = capsys.readouterr().err
+    assert "rollout_fn 'nothing' returned nothing under completion_ids, logprobs" in error
+    assert "Traceback" not in error
+
+
+def test_objects_that_a_run_was_given_have_to_be_named(run, tmp_path, capsys):
+    shutil.copy(run / "config.yaml", tmp_path)
+    objects = {"reward_funcs": ["has_e", "share_of_e"], "rollout_fn": "counting"}
+    (tmp_path / "objects.json").write_text(json.dumps(objects))
+    for overrides, sentence in (
+        (["rollout_fn=null"], "reward_funcs: the run was given has_e, share_of_e as objects of "
+         "Python, and config.yaml does not say where to find them; name them, "
+         "reward_funcs=[path.py:function]"),
+        (["reward_funcs=[accuracy]"], "rollout_fn: the run was given counting as objects"),
+        (["reward_funcs=[accuracy]", "rollout_fn=null"], "has no checkpoint 'final'"),
+    ):  # fmt: skip
+        assert main(["eval", str(tmp_path), *overrides]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_a_page_of_the_run_shows_its_evaluations(run, capsys):
     evaluate(run, "-n", 2)
     capsys.readouterr()
@@ -259,18 +359,17 @@ def test_a_task_is_measured_on_the_split_it_makes(tmp_path, monkeypatch, capsys)
     ]  # fmt: skip
     assert main(["train", str(demo), *options]) == 0
     summary = found(tmp_path / "run" / "summary.json")["test"]["sampled"]
-    results = found(evaluate(Path("run"), "-n", 1))
-    assert results["metrics"]["pass@1"]["value"] == pytest.approx(summary["after"])
-    assert (results["judge"], results["num_prompts"]) == ("exact_match", 40)
     # The base of these adapters is the model after its warm start, wherever the run lies now.
     (tmp_path / "run").rename("moved")
     results = found(evaluate(Path("moved"), "-n", 1, "--checkpoint", "base"))
     assert results["metrics"]["pass@1"]["value"] == pytest.approx(summary["before"])
     again = found(evaluate(Path("moved"), "-n", 1))
     assert again["metrics"]["pass@1"]["value"] == pytest.approx(summary["after"])
+    assert (again["judge"], again["num_prompts"]) == ("exact_match", 40)
+    assert again["num_seen_in_training"] == 0
     capsys.readouterr()
     assert main(["eval", "moved", "-n", "1", "--split", "train", "--max-samples", "3"]) == 0
-    assert "note: 'train' is the split that is trained on" in capsys.readouterr().out
+    assert "note: 3 of 3 prompts are in 'train', which is trained on" in capsys.readouterr().out
     # What GRPO began with is never taken for the model before its warm start.
     shutil.rmtree("moved/base")
     assert main(["eval", "moved", "--checkpoint", "base"]) == 2
@@ -311,7 +410,7 @@ def test_evaluations_in_training_say_how_many_prompts_can_be_solved(workshop):
         (["--checkpoint", "./none"], "./none is not a model directory"),
         (["--judge", "has_f"], "--judge: the run has no reward function 'has_f'; it has has_e, "
          "share_of_e"),
-        (["--split", "validation"], "has no split 'validation'; it has train, test"),
+        (["--split", "validation"], "has no split 'validation'; it has train, test, both"),
         (["dataset_test_split=null"], "the configuration names no split beside 'train', which is "
          "trained on; say with --split which prompts to measure"),
         (["dataset_test_split=train"], "names no split beside 'train'"),
@@ -348,7 +447,7 @@ def test_a_judge_that_fails_ends_the_evaluation_with_a_sentence(workshop, run, c
     before = set(run.rglob("*"))
     assert main(["eval", str(run), f"reward_funcs=[{workshop}/judges.py:fails]"]) == 1
     error = capsys.readouterr().err
-    assert "reward function 'fails' raised RuntimeError: no judge today" in error
+    assert "reward function 'fails' raised RuntimeError: no judge \ufffd[2J today" in error
     assert "Traceback" not in error
     assert set(run.rglob("*")) == before
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import set_seed
@@ -20,12 +21,16 @@ from ..console import Console
 from ..data import check_prompts
 from ..evaluate import Evaluator
 from ..rewards.contract import content
+from ..rollout_fn import taken_columns
 from ..samples import Sample, Sampler
 from ..setup import build_judges, build_rollout, build_rollout_fn, check_installed
-from .measures import Judge, Verdict, measure
-from .results import Results, show, write
-from .subject import find_subject, load_split, load_subject
+from .measures import Judge, Verdict, count_votes, measure
+from .results import Results, show, write, write_completions
+from .subject import Subject, count_seen, find_subject, load_split, load_subject
 from .votes import is_unmarked_prose
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +108,17 @@ def evaluate(
         console: where progress and the table are shown.
 
     Raises:
-        RewardError: a reward function failed.
+        RewardError, RolloutError: a reward function or the rollout function failed.
         ValueError: something does not exist or does not fit; the message says what to do.
     """
     start = time.perf_counter()
     options = options or EvalOptions()
     subject = find_subject(run, options.checkpoint, overrides)
-    config = subject.config
-    if options.max_samples is not None:
-        config = replace(config, max_eval_samples=options.max_samples)
+    config = replace(
+        subject.config,
+        max_eval_samples=options.max_samples or subject.config.max_eval_samples,
+        max_tokens_per_microbatch=None,  # of training alone
+    )
     num_samples, ks = options.counts(config)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
@@ -121,22 +128,28 @@ def evaluate(
     console = console or Console(logging_steps=config.logging_steps)
     with closing(build_judges(config)) as judges:
         judge = Judge(judges, options.judge, options.threshold)
-        judges.check_columns(dataset.column_names)
         policy = load_subject(subject)
         rollout = build_rollout(config, policy, console.message)
         sampler = Sampler(config, policy, rollout, judges, build_rollout_fn(config))
+        sampler.state.global_step = subject.step
         if options.temperature is not None:
             sampler.sampling = replace(sampler.sampling, temperature=options.temperature)
-        limits = {"the model": policy.positions} | config.limits
-        limits.pop("max_tokens_per_microbatch", None)  # of training alone
-        check_prompts(
-            dataset,
-            sampler.encode,
-            max_completion_length=config.max_completion_length,
-            limits=limits,
-        )
+        _check_dataset(config, dataset, sampler)
         evaluator = Evaluator(config, sampler, dataset)
-        samples, verdicts = _sample(evaluator, num_samples, judge, console)
+        with console:
+            samples, verdicts = _sample(evaluator, num_samples, judge, console)
+    # Before the answers are compared, which may take minutes and be interrupted.
+    completions = write_completions(
+        subject.results if options.out is None else Path(options.out).expanduser(),
+        f"{Path(subject.checkpoint).name}-{split}",
+        samples,
+        verdicts,
+        num_samples,
+        judges.names,
+    )
+    with console:
+        votes = _vote(verdicts, num_samples, ks, console)
+    seen, unknown = _seen(dataset, subject)
     results = Results(
         checkpoint=subject.checkpoint,
         split=split,
@@ -146,20 +159,33 @@ def evaluate(
         judge=judge.name,
         threshold=judge.threshold,
         seed=config.seed,
-        metrics=measure(verdicts, num_samples, ks),
+        metrics=measure(votes, ks),
         num_not_judged=sum(verdict.right is None for verdict in verdicts),
+        num_seen_in_training=seen,
         averages=evaluator.averages(samples),
         seconds=time.perf_counter() - start,
     )
-    folder = subject.results if options.out is None else Path(options.out).expanduser()
-    path = write(folder, results, samples, verdicts, judges.names)
+    path = write(completions, results)
     show(console, results, judges.names, name=run)
     if subject.place is None:
         console.message("note: this is the task's model before its warm start")
-    for note in _notes(config, results, samples, ks[-1]):
+    for note in (*unknown, *_notes(subject.training, results, samples, ks[-1])):
         console.message(note)
     console.message(f"results: {path}")
     return path
+
+
+def _check_dataset(config: TrainConfig, dataset: Dataset, sampler: Sampler) -> None:
+    if sampler.rollout_fn is None:
+        sampler.judges.check_columns(dataset.column_names)
+    else:  # it may add columns for them
+        taken_columns(sampler.rollout_fn, set(dataset.column_names) - {"prompt"})
+    check_prompts(
+        dataset,
+        sampler.encode,
+        max_completion_length=config.max_completion_length,
+        limits={"the model": sampler.policy.positions} | config.limits,
+    )
 
 
 def _sample(
@@ -169,29 +195,59 @@ def _sample(
     samples: list[Sample] = []
     verdicts: list[Verdict] = []
     names = evaluator.sampler.judges.names
-    with console:
-        console.phase("evaluate", evaluator.num_batches(num_samples))
-        for some, scores in evaluator.batches(num_samples):
-            samples += some
-            verdicts += map(judge.judge, some)
-            rewards_K = some[0].rewards_K.tolist()
-            console.sample(
-                prompt=some[0].prompt,
-                completion=some[0].text,
-                rewards=dict(zip(names, rewards_K, strict=True)),
-            )
-            console.step(evaluator.averages(some))
-            for problem in scores.problems:
-                console.warning(problem)
+    console.phase("evaluate", evaluator.num_batches(num_samples))
+    for some in evaluator.batches(num_samples):
+        samples += some
+        verdicts += map(judge.judge, some)
+        rewards_K = some[0].rewards_K.tolist()
+        console.sample(
+            prompt=some[0].prompt,
+            completion=some[0].text,
+            rewards=dict(zip(names, rewards_K, strict=True)),
+        )
+        console.step(evaluator.averages(some))
+        for problem in evaluator.sampler.take_problems():
+            console.warning(problem)
     return samples, verdicts
 
 
+def _vote(
+    verdicts: Sequence[Verdict], num_samples: int, ks: Sequence[int], console: Console
+) -> list[list[tuple[int, int]]]:
+    """Compare the answers to each prompt, as far as the ks need it, and show how far it is."""
+    by_answer = ks[-1] > 1
+    starts = range(0, len(verdicts), num_samples)
+    every = math.ceil(len(starts) / _LINES)
+    if by_answer:
+        console.phase("compare answers", math.ceil(len(starts) / every))
+    votes: list[list[tuple[int, int]]] = []
+    for start in starts:
+        votes.append(count_votes(verdicts[start : start + num_samples], by_answer=by_answer))
+        if by_answer and (len(votes) % every == 0 or len(votes) == len(starts)):
+            console.step({})
+    return votes
+
+
+_LINES = 10  # to say how far it is
+
+
+def _seen(dataset: Dataset, subject: Subject) -> tuple[int | None, list[str]]:
+    """Return how many prompts are trained on; if that is not known, None and a sentence."""
+    try:
+        return count_seen(dataset, subject.training), []
+    except (ValueError, OSError, ImportError) as error:
+        return None, [f"note: are these prompts among those trained on? Not known: {error}"]
+
+
 def _notes(
-    config: TrainConfig, results: Results, samples: Sequence[Sample], most: int
+    training: TrainConfig, results: Results, samples: Sequence[Sample], most: int
 ) -> Iterator[str]:
     """Yield what of the numbers is not as one would expect."""
-    if results.split == config.dataset_train_split:
-        yield f"note: {results.split!r} is the split that is trained on"
+    if results.num_seen_in_training:
+        yield (
+            f"note: {results.num_seen_in_training:,} of {results.num_prompts:,} prompts are in "
+            f"{training.dataset_train_split!r}, which is trained on"
+        )
     if results.num_not_judged:
         yield (
             f"note: {results.judge} did not judge {results.num_not_judged:,} of {len(samples):,} "

@@ -1,13 +1,13 @@
 """From judged completions to pass@k and maj@k.
 
-n samples of each of P prompts, next to each other.
+n samples of each of P prompts.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..rewards import Judges
@@ -69,41 +69,41 @@ class Judge:
         return Verdict(answer_of(content(sample.text)), right)
 
 
-def measure(
-    verdicts: Sequence[Verdict], num_samples: int, ks: Sequence[int]
-) -> dict[str, Estimate]:
-    """Return pass@k, and maj@k of k above 1, over the prompts with k judged completions.
+def count_votes(verdicts: Sequence[Verdict], *, by_answer: bool = True) -> list[tuple[int, int]]:
+    """Return how often each answer to a prompt was given, and how often it was right.
 
-    Completions that were not judged neither count nor vote. In a majority vote completions with
-    the same answer (`group_answers`) vote together.
+    Completions that were not judged neither count nor vote. Those with the same answer
+    (`group_answers`) vote together.
 
     Args:
-        verdicts: (P * n,) those of a prompt next to each other.
-        num_samples: n.
+        verdicts: (n,) those of the prompt.
+        by_answer: False counts all answers as one, which is enough for pass@k.
+    """
+    judged = [verdict for verdict in verdicts if verdict.right is not None]
+    answers = [verdict.answer for verdict in judged]
+    groups = group_answers(answers) if by_answer else [0] * len(judged)
+    right = Counter(g for g, verdict in zip(groups, judged, strict=True) if verdict.right)
+    return [(count, right[group]) for group, count in Counter(groups).items()]
+
+
+def measure(votes: Sequence[Sequence[tuple[int, int]]], ks: Sequence[int]) -> dict[str, Estimate]:
+    """Return pass@k, and maj@k of k above 1, over the prompts with k judged completions.
+
+    Args:
+        votes: (P,) of each prompt what `count_votes` returns; by answer if a k is above 1.
         ks: none above n.
     """
-    prompts = [list(votes) for votes in _votes(verdicts, num_samples)]
     found: dict[str, Estimate] = {}
     for k in ks:
-        enough = [votes for votes in prompts if sum(given for given, _ in votes) >= k]
+        enough = [each for each in votes if sum(given for given, _ in each) >= k]
         if not enough:
             continue
         found[f"pass@{k}"] = estimate(
             [
-                pass_at_k(sum(given for given, _ in votes), sum(right for _, right in votes), k)
-                for votes in enough
+                pass_at_k(sum(given for given, _ in each), sum(right for _, right in each), k)
+                for each in enough
             ]
         )
         if k > 1:
-            found[f"maj@{k}"] = estimate([majority_at_k(votes, k) for votes in enough])
+            found[f"maj@{k}"] = estimate([majority_at_k(each, k) for each in enough])
     return found
-
-
-def _votes(verdicts: Sequence[Verdict], num_samples: int) -> Iterator[Iterator[tuple[int, int]]]:
-    """Yield of each prompt how often each answer was given, and how often it was right."""
-    for start in range(0, len(verdicts), num_samples):
-        judged = [v for v in verdicts[start : start + num_samples] if v.right is not None]
-        groups = group_answers([verdict.answer for verdict in judged])
-        given = Counter(groups)
-        right = Counter(g for g, verdict in zip(groups, judged, strict=True) if verdict.right)
-        yield ((count, right[group]) for group, count in given.items())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..console import Console
+from ..json_lines import append_lines, plain
 from ..readable import number
 from ..run_directory import versions
 from ..samples import Sample
@@ -36,62 +38,80 @@ class Results:
     """Shares, by `pass@k` and `maj@k`."""
     num_not_judged: int
     """Completions that the judge did not judge."""
+    num_seen_in_training: int | None
+    """Prompts that are among those trained on; None: these could not be loaded."""
     averages: Mapping[str, float]
     """Rewards and lengths over all completions, named as in metrics.jsonl."""
     seconds: float
 
     def flat(self) -> dict[str, Any]:
         """Return what the file holds; what is no number is null."""
-        values = dataclasses.asdict(self) | {"versions": versions()}
-        values["averages"] = {name: _plain(value) for name, value in self.averages.items()}
-        return values
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        return plain(dataclasses.asdict(self) | {"time": time, "versions": versions()})
 
 
-def write(
+def write_completions(
     folder: Path,
-    results: Results,
+    subject: str,
     samples: Sequence[Sample],
     verdicts: Sequence[Verdict],
+    num_samples: int,
     reward_names: Sequence[str],
 ) -> Path:
-    """Write the estimates, and beside them the completions; return the path of the former.
+    """Write the completions of P prompts, B = P * n; return the path.
 
-    The files are `CHECKPOINT-SPLIT.json` and `.jsonl`, or with a number if these exist.
+    The file is `SUBJECT.jsonl`, or has a number if it, or the estimates beside it, exist.
+
+    Args:
+        folder: made if it is not there.
+        subject: what was measured, as it may stand in a name of a file.
+        samples: (B,) those of a prompt next to each other.
+        verdicts: (B,) what is held of them.
+        num_samples: n.
+        reward_names: of the reward functions.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _new(folder, re.sub(r"[^\w.-]+", "_", subject))  # final-test[:100]
+    append_lines(
+        path,
+        (
+            {
+                "row": i // num_samples,
+                **sample.line(reward_names),
+                "answer": verdict.answer,
+                "right": verdict.right,
+            }
+            for i, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True))
+        ),
+    )
+    return path
+
+
+def write(completions: Path, results: Results) -> Path:
+    """Write the estimates beside the completions they are of; return the path.
 
     Raises:
         OSError: they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    split = re.sub(r"[^\w.-]+", "_", results.split)  # test[:100]
-    name = f"{Path(results.checkpoint).name}-{split}"
-    for path in _names(folder, name):
-        try:
-            # A half of a character, which UTF-8 has no bytes for, becomes its JSON escape.
-            with path.with_suffix(".jsonl").open(
-                "x", encoding="utf-8", errors="backslashreplace"
-            ) as file:
-                for i, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True)):
-                    line = {
-                        "row": i // results.num_samples,
-                        **sample.line(reward_names),
-                        "answer": verdict.answer,
-                        "right": verdict.right,
-                    }
-                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-        except FileExistsError:
-            continue
-        path.write_text(json.dumps(results.flat(), indent=2) + "\n", encoding="utf-8")
-        return path
-    raise AssertionError("names do not end")
+    path = completions.with_suffix(".json")
+    path.write_text(json.dumps(results.flat(), indent=2) + "\n", encoding="utf-8")
+    return path
 
 
-def _names(folder: Path, name: str) -> Iterator[Path]:
-    count = 1
-    while True:
-        path = folder / f"{name}{'' if count == 1 else f'-{count}'}.json"
-        if not path.exists():
-            yield path
-        count += 1
+def _new(folder: Path, name: str) -> Path:
+    """Make a file of a name that neither completions nor estimates have yet."""
+    for count in itertools.count(1):
+        path = folder / f"{name}{'' if count == 1 else f'-{count}'}.jsonl"
+        if not path.with_suffix(".json").exists():
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            return path
+    raise AssertionError("numbers do not end")
 
 
 def show(console: Console, results: Results, reward_names: Sequence[str], name: str) -> None:
@@ -118,7 +138,3 @@ def show(console: Console, results: Results, reward_names: Sequence[str], name: 
     rows += [[what, number(results.averages[key]), "", ""] for what, key in averages.items()]
     rows.append(["truncated", f"{results.averages['completions/clipped_ratio']:.1%}", "", ""])
     console.table(title, ["", "mean", "95% interval", "prompts"], rows)
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

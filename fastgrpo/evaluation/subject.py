@@ -14,6 +14,7 @@ import torch
 
 from ..config import TrainConfig, load_config
 from ..data import load_prompts
+from ..json_lines import read_lines
 from ..loading import computes_in_bf16, load_model, load_tokenizer
 from ..model import Policy
 
@@ -32,6 +33,10 @@ class Subject:
     """Directory or Hub name; None: what the configuration's task makes."""
     results: Path
     """Directory for what is found out about it."""
+    training: TrainConfig
+    """What it was, or would be, trained with: the configuration without overrides of the run's."""
+    step: int
+    """Optimisation steps that it has had, as far as its place tells; otherwise 0."""
 
 
 def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> Subject:
@@ -47,12 +52,13 @@ def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> 
     """
     path = Path(run).expanduser()
     if not path.is_dir():
-        config = load_config(path, overrides)
+        config = training = load_config(path, overrides)
         checkpoint = checkpoint or "base"
         results = Path("runs", f"eval-{path.stem}")
         folders: dict[str, Path] = {}
     elif (path / "config.yaml").is_file():
-        config = load_config(path / "config.yaml", overrides)
+        config, training = (load_config(path / "config.yaml", over) for over in (overrides, ()))
+        _check_objects(path, overrides)
         checkpoint = checkpoint or "final"
         results = path / "eval"
         folders = checkpoints(path)
@@ -80,7 +86,32 @@ def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> 
             f"{run} has no checkpoint {checkpoint!r} (checkpoints: {there}); say with --checkpoint "
             "which to measure, or base for the model before training"
         )
-    return Subject(config, checkpoint, place, results)
+    return Subject(config, checkpoint, place, results, training, _step_of(place))
+
+
+def _check_objects(run: Path, overrides: Sequence[str]) -> None:
+    """Refuse a run that was given objects in place of names, unless these are named now."""
+    file = run / "objects.json"
+    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = {override.partition("=")[0] for override in overrides}
+    for key, names in given.items():
+        if names is not None and key not in named:
+            names = names if isinstance(names, str) else ", ".join(names)
+            example = "[path.py:function]" if key == "reward_funcs" else "path.py:function"
+            raise ValueError(
+                f"{key}: the run was given {names} as objects of Python, and config.yaml does not "
+                f"say where to find them; name them, {key}={example}"
+            )
+
+
+def _step_of(place: str | None) -> int:
+    path = Path(place or "").expanduser()
+    if path.name.startswith("step-") and path.is_dir():
+        step = path.name.removeprefix("step-")
+        return int(step) if step.isdecimal() else 0
+    metrics = path.parent / "metrics.jsonl"
+    lines = read_lines(metrics) if path.name == "final" and metrics.is_file() else []
+    return lines[-1]["step"] if lines else 0
 
 
 def checkpoints(run: Path) -> dict[str, Path]:
@@ -156,33 +187,49 @@ def load_split(config: TrainConfig, split: str | None) -> tuple[str, Dataset]:
     Raises:
         ValueError: there is no such split, or none but that of training.
     """
-    if config.task is not None:
-        from ..tasks import arithmetic
-
-        datasets = arithmetic.build_dataset()
-        split = split or "test"
-        if split not in datasets:
+    if split is None:
+        split = "test" if config.task is not None else config.test_split
+        if split is None or split == config.dataset_train_split:
             raise ValueError(
-                f"--split: there is no {split!r}; there are {', '.join(map(str, datasets))}"
+                f"the configuration names no split beside {config.dataset_train_split!r}, "
+                "which is trained on; say with --split which prompts to measure"
             )
-        dataset = datasets[split]
-    else:
+    dataset = _load(config, split)
+    count = config.max_eval_samples
+    if count is not None:
+        dataset = dataset.select(range(min(count, len(dataset))))
+    return split, dataset
+
+
+def count_seen(dataset: Dataset, training: TrainConfig) -> int:
+    """Return how many prompts are among those that are trained on.
+
+    Two splits of other names may share rows, and a dataset may have the same prompt in both.
+
+    Raises:
+        ValueError, OSError, ImportError: the training split cannot be loaded.
+    """
+    prompts = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+    trained_on = _load(training, training.dataset_train_split)["prompt"]
+    seen = set(prompts).intersection(json.dumps(prompt, sort_keys=True) for prompt in trained_on)
+    return sum(prompt in seen for prompt in prompts)
+
+
+def _load(config: TrainConfig, split: str) -> Dataset:
+    if config.task is None:
         if not config.dataset_name:
             raise ValueError("dataset_name: required (or set task: arithmetic)")
-        if split is None:
-            split = config.test_split
-            if split is None or split == config.dataset_train_split:
-                raise ValueError(
-                    f"the configuration names no split beside {config.dataset_train_split!r}, "
-                    "which is trained on; say with --split which prompts to measure"
-                )
-        dataset = load_prompts(
+        return load_prompts(
             config.dataset_name,
             split,
             config_name=config.dataset_config,
             prompt_column=config.prompt_column,
         )
-    count = config.max_eval_samples
-    if count is not None:
-        dataset = dataset.select(range(min(count, len(dataset))))
-    return split, dataset
+    from ..tasks import arithmetic
+
+    datasets = arithmetic.build_dataset()
+    if split not in datasets:
+        raise ValueError(
+            f"--split: there is no {split!r}; there are {', '.join(map(str, datasets))}"
+        )
+    return datasets[split]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from ..rewards.answers import answer_of, is_right
+from ..rewards.answers import (
+    _bare,  # pyright: ignore[reportPrivateUsage]
+    _is_mathematics,  # pyright: ignore[reportPrivateUsage]
+    answer_of,
+    is_right,
+)
 
 
 def is_unmarked_prose(completion: str) -> bool:
@@ -18,17 +23,19 @@ def group_answers(answers: Sequence[str]) -> list[int]:
 
     Two are the same where each is right by the rule of `rewards.accuracy` if the other is:
     equal text, equal numbers, or formulas that are equal by math-verify. An empty answer is one
-    like any other.
+    like any other. An answer that is the same as another is not compared any further, the other
+    stands for both: math-verify takes milliseconds for a pair.
     """
     first: dict[str, int] = {}
+    formulas: list[int] = []  # the first of those that another text may be the same as
     for i, answer in enumerate(answers):
         if answer not in first:
-            first[answer] = next(_same(answer, first), i)
+            first[answer] = i
+            if _is_mathematics(_bare(answer.rpartition("####")[2])):
+                first[answer] = next((j for j in formulas if _same(answers[j], answer)), i)
+                formulas += [i] if first[answer] == i else []
     return [first[answer] for answer in answers]
 
 
-def _same(answer: str, known: dict[str, int]) -> Iterator[int]:
-    """Yield the indices of known answers that an answer is the same as."""
-    for other, i in known.items():
-        if is_right(other, answer) and is_right(answer, other):
-            yield i
+def _same(one: str, other: str) -> bool:
+    return is_right(one, other) and is_right(other, one)
