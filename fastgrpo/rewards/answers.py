@@ -8,15 +8,21 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 
+from .functions import TookTooLong
+
 CHECK_TIMEOUT_S = 5.0
-"""Seconds that math-verify may take over one pair of answers."""
+"""Seconds that math-verify may take over an answer, and over a pair of them."""
 ANSWER_CHARACTERS = 2000
 """How much of an answer is read, from its end: math-verify is slow on long hostile text."""
 
@@ -99,28 +105,53 @@ class _Checker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
+        self._allowed = self._left = math.inf
+
+    @contextmanager
+    def limited(self, seconds: float | None) -> Generator[None]:
+        """Let all checks within the block take so long together; None: as long as they need."""
+        self._allowed = self._left = math.inf if seconds is None else seconds
+        try:
+            yield
+        finally:
+            self._allowed = self._left = math.inf
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Say whether math-verify holds two answers for equal; False if it takes too long.
+
+        Raises:
+            TookTooLong: all checks together have taken what they may.
+        """
+        # Each alone first: one that takes too long need not be tried with every other.
+        return self._ask(gold) and self._ask(answer) and self._ask(gold, answer)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - there is one checker
-    def equal(self, gold: str, answer: str) -> bool:
-        """Say whether math-verify holds two answers for equal; False if it takes too long."""
+    def _ask(self, *texts: str) -> bool:
+        """Say whether an answer can be read, or two are equal."""
         with self._lock:
+            if self._left <= 0:
+                raise TookTooLong(self._allowed)
             if self._process is not None and self._process.poll() is not None:
                 self.close()
             process = self._process or self._start()
             assert process.stdin is not None and process.stdout is not None
+            limit, start = min(CHECK_TIMEOUT_S, self._left), time.monotonic()
             try:
-                print(json.dumps([gold, answer]), file=process.stdin, flush=True)
+                print(json.dumps([limit, *texts]), file=process.stdin, flush=True)
                 reply = process.stdout.readline()
             except BaseException:
                 self.close()  # a reply still to come would be taken for the next pair's
                 raise
+            self._left -= time.monotonic() - start
             if not reply:
                 self.close()
+                if self._left <= 0:
+                    raise TookTooLong(self._allowed)  # not remembered: its own time was cut
             return reply == "true\n"
 
     def _start(self) -> subprocess.Popen[str]:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER), str(CHECK_TIMEOUT_S)],
+            [sys.executable, "-P", str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -145,3 +176,4 @@ class _Checker:
 
 _checker = _Checker()
 atexit.register(_checker.close)
+checks_limited = _checker.limited

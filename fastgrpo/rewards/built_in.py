@@ -22,7 +22,8 @@ def accuracy(completions: Sequence[Completion], **columns: Any) -> list[float | 
     - two plain numbers ("1,000", "$18", "72.0", "1e3") are compared as numbers, exactly;
     - a right answer in mathematical notation is compared by math-verify, to six decimals: 1/2 is
       0.5 but 1/3 is not 0.3333, "x=5" is 5, 50% is 50 and 0.5. Of a completion in prose it takes
-      the last formula or number. Whatever takes longer than `CHECK_TIMEOUT_S` is wrong;
+      the last formula or number. Whatever takes longer than `CHECK_TIMEOUT_S` is wrong, and all
+      of a batch together may take reward_timeout;
     - any other right answer ("B", "Paris", "Apollo 11", "5 miles") is text and must be equal.
       Text is what has a word of three letters outside LaTeX, or no digit, operator or LaTeX.
 

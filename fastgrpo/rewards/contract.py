@@ -17,6 +17,41 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_e
 """What a reward function is called with beside the columns of the dataset."""
 
 
+_METRICS = frozenset(
+    [
+        "step",
+        "loss",
+        "policy_loss",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "entropy",
+        "entropy_coef",
+        "kl",
+        "cispo_clip_ratio",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "num_sequences",
+        "num_computed_sequences",
+        "num_computed_rows",
+        "num_gradient_rows",
+        "step_time",
+        "tokens_per_second",
+        "epoch",
+    ]
+)
+_METRICS_UNDER = (
+    "eval_", "rewards/", "advantages/", "completions/", "clip_ratio/", "vespo/", "sampling/",
+    "dynamic_sampling/", "time/", "memory/",
+)  # fmt: skip
+
+
+def is_reserved(metric: str) -> bool:
+    """Say whether a metric's name is one that the trainer writes, or how it begins those."""
+    return metric in _METRICS or metric.startswith(_METRICS_UNDER)
+
+
 class RewardError(ValueError):
     """A reward function failed, or what it is called with or returns breaks the contract."""
 
@@ -45,7 +80,8 @@ class Scores:
     one that ends at the last token (-1 if there is none); none where it did not judge."""
     metrics: dict[str, float]
     """Means of what the functions logged, and `rewards/{name}/exceptions` and
-    `rewards/{name}/timeouts` of the whole run for functions that had some."""
+    `rewards/{name}/timeouts` of the whole run, or of its evaluations, for functions that had
+    some."""
     extra: dict[str, list[Any]]
     """Columns that the functions logged, one value a completion."""
     problems: list[str]

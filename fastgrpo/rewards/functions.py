@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import operator
 import os
-import random
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -68,6 +67,15 @@ def failed(
     """Return the outcome of a call that gave no rewards."""
     failure = Failure(kind=kind, what=what, where=where, traceback=trace)
     return Outcome(values=[], metrics=[], extra={}, failure=failure)
+
+
+class TookTooLong(Exception):
+    """Raised within a function that keeps to reward_timeout itself; carries the seconds."""
+
+
+def expired(seconds: float, where: str = "") -> Outcome:
+    """Return the outcome of a call that took longer than reward_timeout."""
+    return failed("timeout", f"took longer than reward_timeout: {seconds:g} s", where)
 
 
 def load(source: Source) -> Callable[..., Any]:
@@ -159,24 +167,33 @@ def traits_of(function: Callable[..., Any]) -> Traits:
     return Traits(name=name, takes=None if takes_any else takes, needs=needs)
 
 
+def taken(arguments: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
+    """Return those of some arguments that a function takes."""
+    takes = traits["takes"]
+    return {name: x for name, x in arguments.items() if takes is None or name in takes}
+
+
 class Call:
     """One call of a function on a batch."""
 
     def __init__(
-        self, function: Callable[..., Any], traits: Traits, arguments: Mapping[str, Any]
+        self,
+        function: Callable[..., Any],
+        traits: Traits,
+        arguments: Mapping[str, Any],
+        lengths: Sequence[int],
     ) -> None:
         """Call it; a coroutine is left to `finish`."""
-        self._arguments = arguments
+        self._lengths = lengths
         self._metrics: list[tuple[str, float]] = []
         self._extra: dict[str, list[Any]] = {}
         self._failure: Outcome | None = None
         self._values: Any = None
         given = {**arguments, "log_metric": self._log_metric, "log_extra": self._log_extra}
-        takes = traits["takes"]
         try:
-            self._values = function(
-                **{name: x for name, x in given.items() if takes is None or name in takes}
-            )
+            self._values = function(**taken(given, traits))
+        except TookTooLong as error:
+            self._failure = expired(*error.args)
         except (Exception, SystemExit) as error:
             self._fail(error)
 
@@ -208,13 +225,13 @@ class Call:
         """Return the checked result."""
         if self._failure is not None:
             return self._failure
-        ids = self._arguments["completion_ids"]
+        count = len(self._lengths)
         try:
-            values = _checked(self._values, [len(x) for x in ids])
+            values = _checked(self._values, self._lengths)
             for column, entries in self._extra.items():
-                if len(entries) != len(ids):
+                if len(entries) != count:
                     raise _Refused(
-                        f"logged {len(entries)} values of {column!r} for {len(ids)} completions; "
+                        f"logged {len(entries)} values of {column!r} for {count} completions; "
                         "give log_extra one for each"
                     )
         except _Refused as error:
@@ -225,6 +242,7 @@ class Call:
 def call_all(
     functions: Sequence[tuple[Callable[..., Any], Traits]],
     arguments: Mapping[str, Any],
+    lengths: Sequence[int],
     run: Callable[[Coroutine[Any, Any, None]], None],
 ) -> list[Outcome]:
     """Call functions one after the other, then await together those that are async.
@@ -232,9 +250,10 @@ def call_all(
     Args:
         functions: with what is known of each.
         arguments: of every call, without those that log.
+        lengths: tokens of each completion.
         run: runs a coroutine to its end.
     """
-    calls = [Call(function, traits, arguments) for function, traits in functions]
+    calls = [Call(function, traits, arguments, lengths) for function, traits in functions]
     waiting = [call for call in calls if call.waits]
     if waiting:
         run(_finish(waiting))
@@ -324,12 +343,3 @@ def place(frames: Sequence[traceback.FrameSummary]) -> str:
 def _is_library(file: str) -> bool:
     packages = {"site-packages", "dist-packages"}
     return file.startswith(_LIBRARY) or not packages.isdisjoint(Path(file).parts)
-
-
-def seed(number: int) -> None:
-    """Seed the generators that a function may use: a run repeats its rewards."""
-    random.seed(number)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(number % 2**32)
-    if torch := sys.modules.get("torch"):
-        torch.manual_seed(number)

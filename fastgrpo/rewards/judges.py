@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .answers import checks_limited
 from .built_in import accuracy
 from .contract import (
     ARGUMENTS,
@@ -34,11 +35,12 @@ from .contract import (
     RewardFunction,
     Scores,
     Steps,
+    is_reserved,
     refuse_own_arguments,
 )
-from .functions import Failure, Outcome, Source, Traits, Value, call_all, load, traits_of
+from .functions import Failure, Outcome, Source, Traits, Value, call_all, load, taken, traits_of
 from .models import RewardModel
-from .names import SOFT_OVERLONG, identify, is_model, is_ours, soft_overlong_punishment, write
+from .names import SOFT_OVERLONG, identify, is_model, is_ours, soft_overlong, write
 from .process import Process
 
 START_TIMEOUT_S = 300.0
@@ -46,7 +48,7 @@ START_TIMEOUT_S = 300.0
 
 
 class Judges:
-    """The reward functions of a run; close them at its end."""
+    """The reward functions of a run; close them when they are not needed for a while."""
 
     def __init__(
         self,
@@ -57,10 +59,8 @@ class Judges:
         reward_errors: Literal["stop", "none"] = "stop",
         soft_punish_cache: int | None = None,
         max_completion_length: int | None = None,
-        reward_processing_classes: Sequence[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
-        device: torch.device | str | None = None,
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
@@ -69,17 +69,14 @@ class Judges:
         Args:
             reward_funcs: names (see `names.identify`), functions or reward models.
             reward_weights: one a function; None: 1 each.
-            reward_timeout: seconds that a function may take over a batch; None: all are called in
-                this process, without a limit.
+            reward_timeout: seconds that a function may take over a batch, the built-in `accuracy`
+                with math-verify; None: all are called in this process, without a limit.
             reward_errors: what an exception or a timeout does: "stop" raises RewardError, "none"
                 leaves the batch without rewards of that function, and counts.
             soft_punish_cache: of the built-in `soft_overlong_punishment`.
             max_completion_length: of the same.
-            reward_processing_classes: a tokenizer for each reward model, None for what is none;
-                None: that of the model's checkpoint.
             chat_template_kwargs: for the chat templates of reward models.
             trust_remote_code: of reward models.
-            device: of reward models; None: the GPU if there is one.
             batch_size: completions that a reward model reads at once.
             seed: of the generators of random, NumPy and torch in processes of their own, which each
                 call sets anew from it and the completions: a run can be repeated and resumed.
@@ -93,12 +90,6 @@ class Judges:
             raise ValueError(
                 f"reward_weights has {len(weights)} entries for {len(reward_funcs)} reward_funcs; "
                 "give one weight per function"
-            )
-        tokenizers = reward_processing_classes or [None] * len(reward_funcs)
-        if len(tokenizers) != len(reward_funcs):
-            raise ValueError(
-                f"reward_processing_classes has {len(tokenizers)} entries for {len(reward_funcs)} "
-                "reward_funcs; give one for each, None for a function"
             )
         if soft_punish_cache is not None and SOFT_OVERLONG not in reward_funcs:
             raise ValueError(
@@ -114,22 +105,21 @@ class Judges:
         self.functions: dict[int, Callable[..., Any]] = {}
         """By index, those that are called in this process."""
         self._processes: dict[int, Process] = {}
-        self._counts: dict[str, int] = {}
-        self._seen: set[tuple[int, str, str]] = set()
+        self._counts: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        """Failures by metric, of training and of evaluations."""
+        self._seen: set[tuple[bool, int, str, str]] = set()
         self._pool = ThreadPoolExecutor(max(len(reward_funcs), 1), "reward")
         self._runner = asyncio.Runner()
         self._finalizer = weakref.finalize(self, _close, self._processes, self._pool, self._runner)
         try:
             for k, entry in enumerate(reward_funcs):
                 if isinstance(entry, str) and entry == SOFT_OVERLONG:
-                    self.functions[k] = _soft_overlong(max_completion_length, soft_punish_cache)
+                    self.functions[k] = soft_overlong(max_completion_length, soft_punish_cache)
                     continue
                 found: Any = identify(entry) if isinstance(entry, str) else entry
                 if is_model(found):
                     self.functions[k] = RewardModel(
                         found,
-                        tokenizers[k],
-                        device=device,
                         batch_size=batch_size,
                         chat_template_kwargs=chat_template_kwargs,
                         trust_remote_code=trust_remote_code,
@@ -154,12 +144,13 @@ class Judges:
         except BaseException:
             for process in self._processes.values():
                 process.interrupt()
-            self.close()
+            self._finalizer()
             raise
 
     def close(self) -> None:
-        """End the processes."""
-        self._finalizer()
+        """End the processes; scoring again starts them again."""
+        for process in self._processes.values():
+            process.close()
 
     def __enter__(self) -> Judges:
         return self
@@ -193,6 +184,7 @@ class Judges:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
         trainer_state: Any = None,
+        evaluation: bool = False,
     ) -> Scores:
         """Call every reward function on a batch of completions.
 
@@ -204,11 +196,12 @@ class Judges:
             columns: the other columns of the dataset, (B,) each.
             trainer_state: has what functions are told of the run, such as `global_step` and
                 `max_steps`, as attributes; they get a copy.
+            evaluation: failures are counted, and told once, apart from those of training.
 
         Raises:
             RewardError: a function returned a wrong number of values, or one that is not a finite
-                number; or an argument has a wrong length; or, unless `reward_errors` is "none", a
-                function raised something or took too long.
+                number, or logged a metric of the trainer's; or an argument has a wrong length; or,
+                unless `reward_errors` is "none", a function raised something or took too long.
         """
         refuse_own_arguments(columns)
         arguments: dict[str, Any] = {
@@ -224,26 +217,32 @@ class Judges:
                 )
         # Of a type that every process knows: another would be imported there, with its package.
         state = trainer_state and SimpleNamespace(**vars(trainer_state))
-        outcomes = self._call(arguments | {"trainer_state": state})
+        lengths = [len(ids) for ids in completion_ids]
+        outcomes = self._call(arguments | {"trainer_state": state}, lengths)
         problems = [
             problem
             for k, outcome in enumerate(outcomes)
-            if outcome["failure"] and (problem := self._fail(k, outcome["failure"], len(prompts)))
+            if (failure := outcome["failure"])
+            and (problem := self._fail(k, failure, len(prompts), evaluation))
         ]
-        return self._scores(outcomes, [len(ids) for ids in completion_ids], problems)
+        scores = self._scores(outcomes, lengths, problems)
+        scores.metrics.update(self._counts[evaluation])
+        return scores
 
-    def _call(self, arguments: dict[str, Any]) -> list[Outcome]:
+    def _call(self, arguments: dict[str, Any], lengths: list[int]) -> list[Outcome]:
         """Return what came of each function, those in processes running beside those here."""
-        request = self._request(arguments) if self._processes else b""
+        requests = self._requests(arguments, lengths)
         timeout = self.timeout or 0.0  # without one there are no processes
         calls = {
-            k: self._pool.submit(process.call, request, timeout, START_TIMEOUT_S)
+            k: self._pool.submit(process.call, requests[k], timeout, START_TIMEOUT_S)
             for k, process in self._processes.items()
         }
         here = sorted(self.functions)
         try:
             functions = [(self.functions[k], self._traits[k]) for k in here]
-            outcomes = dict(zip(here, call_all(functions, arguments, self._run), strict=True))
+            with checks_limited(self.timeout):
+                called = call_all(functions, arguments, lengths, self._run)
+            outcomes = dict(zip(here, called, strict=True))
             outcomes |= {k: call.result() for k, call in calls.items()}
         except BaseException:
             for process in self._processes.values():
@@ -251,12 +250,18 @@ class Judges:
             raise
         return [outcomes[k] for k in range(len(outcomes))]
 
-    def _request(self, arguments: dict[str, Any]) -> bytes:
+    def _requests(self, arguments: dict[str, Any], lengths: list[int]) -> dict[int, bytes]:
+        """Return what is sent to each process: no more than its function takes."""
+        if not self._processes:
+            return {}
         seed = self.seed
         for ids in arguments["completion_ids"]:
             seed = zlib.crc32(array("q", ids), seed)
+        given = {k: taken(arguments, self._traits[k]) for k in self._processes}
+        distinct = {frozenset(some): some for some in given.values()}
         try:
-            return pickle.dumps((seed, arguments))
+            written = {names: pickle.dumps((seed, lengths, x)) for names, x in distinct.items()}
+            return {k: written[frozenset(some)] for k, some in given.items()}
         except Exception as error:
             raise RewardError(
                 f"what reward functions are given cannot be sent to their processes ({error}); "
@@ -271,7 +276,7 @@ class Judges:
         else:  # in a notebook
             self._pool.submit(self._runner.run, coroutine).result()
 
-    def _fail(self, k: int, failure: Failure, count: int) -> str | None:
+    def _fail(self, k: int, failure: Failure, count: int, evaluation: bool) -> str | None:
         """Stop, or count and return a sentence for what is new."""
         name, kind = self.names[k], failure["kind"]
         said = f"reward function {name!r} {failure['what']}"
@@ -285,8 +290,9 @@ class Judges:
                 error.add_note(failure["traceback"])
             raise error
         metric = f"rewards/{name}/{kind}s"
-        self._counts[metric] = self._counts.get(metric, 0) + 1
-        new = k, kind, failure["where"] or failure["what"]
+        counts = self._counts[evaluation]
+        counts[metric] = counts.get(metric, 0) + 1
+        new = evaluation, k, kind, failure["where"] or failure["what"]
         if new in self._seen:
             return None
         self._seen.add(new)
@@ -305,6 +311,11 @@ class Judges:
             if any(isinstance(value, list) for value in values):
                 steps[k] = [_steps(x, n) for x, n in zip(values, lengths, strict=True)]
             for name, value in outcome["metrics"]:
+                if is_reserved(name):
+                    raise RewardError(
+                        f"reward function {self.names[k]!r} logged the metric {name!r}, a name of "
+                        f"the trainer's own; log it as {f'{self.names[k]}/{name}'!r}"
+                    )
                 logged.setdefault(name, []).append(value)
             for column, entries in outcome["extra"].items():
                 # Two functions may log one column, as TRL's do with the solution.
@@ -314,19 +325,10 @@ class Judges:
         return Scores(
             rewards_BK=torch.tensor(rewards_KB, dtype=torch.float32).T.contiguous(),
             steps=steps,
-            metrics=metrics | self._counts,
+            metrics=metrics,
             extra=extra,
             problems=problems,
         )
-
-
-def _soft_overlong(length: int | None, cache: int | None) -> RewardFunction:
-    if length is None or cache is None:
-        raise ValueError(
-            f"soft_punish_cache: {SOFT_OVERLONG!r} in reward_funcs needs it, the number of tokens "
-            "before max_completion_length in which punishment grows"
-        )
-    return soft_overlong_punishment(length, cache)
 
 
 def _total(value: Value) -> float:

@@ -132,7 +132,7 @@ class RewardModel:
         if not name:
             raise ValueError(
                 f"{self._named} was not loaded from a checkpoint, so its tokenizer is not known; "
-                "give it as reward_processing_classes"
+                "give RewardModel(model, tokenizer), of fastgrpo.rewards, in its place"
             )
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

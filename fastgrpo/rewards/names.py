@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .built_in import BUILT_IN, soft_overlong_punishment
+from .contract import RewardFunction
 from .functions import Source
 
 SOFT_OVERLONG = soft_overlong_punishment.__name__
@@ -96,6 +97,22 @@ def is_ours(entry: Source | Callable[..., Any]) -> bool:
     else:
         module = str(getattr(entry, "__module__", None))
     return re.split("[.:]", module)[0] == __name__.partition(".")[0]
+
+
+def soft_overlong(
+    max_completion_length: int | None, soft_punish_cache: int | None
+) -> RewardFunction:
+    """Return the built-in function of that name, which has no default.
+
+    Raises:
+        ValueError: an argument is missing, or does not fit.
+    """
+    if max_completion_length is None or soft_punish_cache is None:
+        raise ValueError(
+            f"soft_punish_cache: {SOFT_OVERLONG!r} in reward_funcs needs it, the number of tokens "
+            "before max_completion_length in which punishment grows"
+        )
+    return soft_overlong_punishment(max_completion_length, soft_punish_cache)
 
 
 def is_model(entry: Any) -> bool:

@@ -14,7 +14,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from .functions import Outcome, Source, Traits, failed, place
+from .functions import Outcome, Source, Traits, expired, failed, place
 from .worker import receive, send
 
 _CLOSE_TIMEOUT_S = 2.0  # for what a function has registered with atexit
@@ -71,7 +71,7 @@ class Process:
         """Call the function; a process that was ended is started again, which does not count.
 
         Args:
-            request: a pickle of a seed and the arguments.
+            request: a pickle of a seed, the completions' lengths and the arguments.
             seconds: that the call may take.
             start_seconds: that starting may take.
         """
@@ -83,7 +83,7 @@ class Process:
         try:
             reply = self._exchange(request, seconds)
         except _Expired as error:
-            return failed("timeout", f"took longer than reward_timeout: {seconds:g} s", str(error))
+            return expired(seconds, str(error))
         except _Ended as error:
             return failed("exception", str(error))
         try:
@@ -93,7 +93,7 @@ class Process:
             return failed("contract", what)
 
     def close(self) -> None:
-        """Let the process end, and end it if it does not."""
+        """Let the process end, and end it if it does not; a call starts it again."""
         if self._popen is not None and self._popen.stdin is not None:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._popen.stdin.close()

@@ -11,6 +11,7 @@ import faulthandler
 import importlib.util
 import os
 import pickle
+import random
 import signal
 import struct
 import sys
@@ -106,6 +107,15 @@ def run(coroutine: Any) -> None:
 _runner: Any = None
 
 
+def seed(number: int) -> None:
+    """Seed the generators that a function may use: a run repeats its rewards."""
+    random.seed(number)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(number % 2**32)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(number)
+
+
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     """Load the function, then answer until the requests end."""
     functions = load_functions()
@@ -124,14 +134,14 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     send(replies, pickle.dumps((None, traits)))
     while (request := receive(requests)) is not None:
         try:
-            seed, arguments = pickle.loads(request)
+            number, lengths, arguments = pickle.loads(request)
         except Exception as error:
             what, where, trace = functions.describe(error)
             what = f"could not be given the columns of the dataset: {what}"
             outcome = functions.failed("exception", what, where, trace)
         else:
-            functions.seed(seed)
-            (outcome,) = functions.call_all([(function, traits)], arguments, run)
+            seed(number)
+            (outcome,) = functions.call_all([(function, traits)], arguments, lengths, run)
         try:
             reply = pickle.dumps(outcome)
         except Exception as error:

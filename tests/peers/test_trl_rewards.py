@@ -13,7 +13,7 @@ from datasets import Dataset
 from small_models import save_small_model, small_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen3Config
 
-from fastgrpo.rewards import Judges
+from fastgrpo.rewards import Judges, RewardModel
 
 pytestmark = pytest.mark.peers
 pytest.importorskip("trl", minversion="1.16")
@@ -98,7 +98,7 @@ def test_a_reward_model_scores_as_in_trl(tmp_path: Path) -> None:
             processing_class=AutoTokenizer.from_pretrained(policy),
         )  # fmt: skip
     ids = [[1]] * 4
-    with Judges([judge], device="cpu", batch_size=3) as judges:
+    with Judges([RewardModel(judge, device="cpu", batch_size=3)]) as judges:
         assert judges.names == trainer.reward_func_names == ["tiny-judge"]
         for prompts, completions in (plain, messages):
             inputs = [{"prompt": prompt} for prompt in prompts]

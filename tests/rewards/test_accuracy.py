@@ -4,14 +4,13 @@ import os
 import signal
 import sys
 import threading
-import time
 
 import pytest
 
-from fastgrpo.rewards import accuracy, answers
+from fastgrpo.rewards import RewardError, accuracy, answers
 
 
-def judge(gold, completion) -> float | None:
+def reward_of(gold, completion) -> float | None:
     return accuracy(prompts=["?"], completions=[completion], completion_ids=[[1]], answer=[gold])[0]
 
 
@@ -49,7 +48,7 @@ def judge(gold, completion) -> float | None:
     ],
 )
 def test_right_answers(gold, completion):
-    assert judge(gold, completion) == 1.0
+    assert reward_of(gold, completion) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_right_answers(gold, completion):
     ],
 )
 def test_wrong_answers(gold, completion):
-    assert judge(gold, completion) == 0.0
+    assert reward_of(gold, completion) == 0.0
 
 
 def test_solution_goes_before_answer_and_a_missing_gold_is_not_judged():
@@ -108,39 +107,66 @@ def test_accuracy_names_the_columns_it_has():
     ],
 )
 def test_hostile_text_is_wrong_in_time(completion):
-    start = time.perf_counter()
-    assert judge("-7/3", completion) == 0.0
-    assert time.perf_counter() - start < 4
+    assert reward_of("-7/3", "-14/6") == 1.0
+    process = answers._checker._process
+    assert reward_of("-7/3", completion) == 0.0
+    assert answers._checker._process is process  # it was not ended
 
 
-def test_a_bomb_ends_at_the_timeout_and_the_next_pair_is_judged(monkeypatch):
-    monkeypatch.setattr(answers, "CHECK_TIMEOUT_S", 0.5)
+def test_a_bomb_ends_at_the_timeout_and_is_tried_once(monkeypatch):
+    monkeypatch.setattr(answers, "CHECK_TIMEOUT_S", 1.0)
+    answers._checker._ask.cache_clear()
+    started, start = [], answers._checker._start
+    monkeypatch.setattr(answers._checker, "_start", lambda: started.append(1) or start())
     answers._checker.close()
     bomb = r"\boxed{9^{9^9}}"  # an integer power in C: no signal would interrupt it
-    start = time.perf_counter()
-    assert judge("-7/5", bomb) == 0.0
-    assert time.perf_counter() - start < 6
+    assert reward_of("4/7", bomb) == 0.0
     assert answers._checker._process is None
-    assert judge("-7/5", "-1.4") == 1.0
-    start = time.perf_counter()
-    assert judge("-7/5", bomb) == 0.0  # a group repeats its answers: remembered
-    assert time.perf_counter() - start < 0.1
-    answers._checker.close()
+    assert len(started) == 1
+    assert [reward_of(f"{i}/7", bomb) for i in range(1, 9)] == [0.0] * 8
+    assert [reward_of(bomb, f"{i}/7") for i in range(1, 9)] == [0.0] * 8
+    assert reward_of("4/7", "8/14") == 1.0  # what was compared with it is none the worse
+    assert len(started) == 2
+
+
+def test_a_batch_of_bombs_ends_at_reward_timeout(judge, monkeypatch):
+    answers._checker._ask.cache_clear()
+    bombs = {f"{i}^{{9^{{9^9}}}}": "1/7" for i in range(11, 15)}
+    prose = {"so it is 3/21": "1/7", "5/36": "5/35"}
+    batch = {
+        "completions": list(bombs | prose),
+        "columns": {"answer": list((bombs | prose).values())},
+    }
+    _, score = judge("accuracy", "format", reward_timeout=0.4, reward_errors="none")
+    ids = {"prompts": ["?"] * 6, "completion_ids": [[1]] * 6}
+    scores = score(**batch, **ids)
+    assert scores.metrics == {"rewards/accuracy/timeouts": 1}
+    assert scores.rewards_BK.isnan().tolist() == [[True, False]] * 6
+    assert "'accuracy' took longer than reward_timeout: 0.4 s over 6 comp" in scores.problems[0]
+    _, score = judge("accuracy", reward_timeout=0.4)
+    with pytest.raises(
+        RewardError, match=r"'accuracy' took longer .*; raise reward_timeout, or set"
+    ):
+        score(**batch, **ids)
+    # A text whose time was cut short is not held for hopeless, and the next batch has all of it.
+    columns = {"answer": ["1/7", "5/35"]}
+    scores = score(completions=["3/21", "5/36"], columns=columns)
+    assert scores.rewards_BK.tolist() == [[1], [0]]
 
 
 def test_a_checker_that_was_killed_is_started_again():
-    assert judge("3/7", "6/14") == 1.0
+    assert reward_of("3/7", "6/14") == 1.0
     assert answers._checker._process is not None
     os.kill(answers._checker._process.pid, signal.SIGTERM)
     answers._checker._process.wait()
-    assert judge("3/7", "9/21") == 1.0
+    assert reward_of("3/7", "9/21") == 1.0
 
 
 def test_off_the_main_thread_and_from_several():
     results = {}
 
     def check(i: int) -> None:
-        results[i] = judge(f"{i}/101", f"{2 * i}/202" if i % 2 else f"{i}/102")
+        results[i] = reward_of(f"{i}/101", f"{2 * i}/202" if i % 2 else f"{i}/102")
 
     threads = [threading.Thread(target=check, args=(i,)) for i in range(1, 9)]
     for thread in threads:
@@ -154,4 +180,4 @@ def test_a_checker_that_cannot_start_says_so(monkeypatch):
     answers._checker.close()
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RuntimeError, match="import math_verify"):
-        judge("5/7", "10/14")
+        reward_of("5/7", "10/14")

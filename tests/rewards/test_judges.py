@@ -3,7 +3,6 @@
 import asyncio
 import datetime
 import math
-import time
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -205,6 +204,66 @@ def test_what_functions_log(judge, reward_timeout):
 
 
 @both
+@pytest.mark.parametrize("metric", ["step", "reward", "num_tokens", "eval_reward", "time/reward"])
+def test_metrics_of_the_trainer_are_refused(judge, metric, reward_timeout):
+    def logs(log_metric, completions):
+        log_metric("stepwise", 1.0)
+        log_metric(metric, 1000.0)
+        return [0, 0]
+
+    _, score = judge(logs, reward_timeout=reward_timeout, reward_errors="none")
+    with pytest.raises(
+        RewardError, match=f"'logs' logged the metric '{metric}'.*log it as 'logs/{metric}'"
+    ):
+        score()
+
+
+def test_failures_of_evaluations_are_counted_and_told_apart(judge):
+    def fails(**columns):
+        raise KeyError("a")
+
+    _, score = judge(fails, reward_timeout=None, reward_errors="none")
+    for evaluation in (True, False):
+        for times in (1, 2):
+            scores = score(evaluation=evaluation)
+            assert scores.metrics == {"rewards/fails/exceptions": times}
+            assert len(scores.problems) == (times == 1)
+
+
+@both
+def test_closed_judges_score_again(judge, reward_timeout):
+    async def f(completions, **columns):
+        await asyncio.sleep(0)
+        return [len(c) for c in completions]
+
+    def g(completions, **columns):
+        return [2 * len(c) for c in completions]
+
+    judges, score = judge(f, g, "format", reward_timeout=reward_timeout)
+    for _ in range(2):
+        assert score().rewards_BK.tolist() == [[1, 2, 0], [3, 6, 0]]
+        judges.close()
+
+
+def test_a_process_is_sent_what_its_function_takes_alone(judge):
+    stuck = [(x for x in "ab")] * 2  # could not be sent
+
+    def f(completions, trainer_state=None):
+        return [[(0, trainer_state.global_step)], len(completions)]
+
+    def g(answer, log_extra):
+        log_extra("read", answer)
+        return [None, ord(answer[1])]
+
+    columns = {"answer": ["x", "y"], "stuck": stuck}
+    _, score = judge(f, g, columns=columns, trainer_state=SimpleNamespace(global_step=5))
+    scores = score()
+    assert scores.rewards_BK[:, 0].tolist() == [5, 2] and scores.rewards_BK[1, 1] == 121
+    assert scores.steps == {0: [[(0, 5.0)], [(2, 2.0)]]}
+    assert scores.extra == {"read": ["x", "y"]}
+
+
+@both
 def test_extra_columns_have_a_value_for_each_completion(judge, reward_timeout):
     def logs(log_extra, **columns):
         log_extra("read", ["a"])
@@ -216,24 +275,31 @@ def test_extra_columns_have_a_value_for_each_completion(judge, reward_timeout):
 
 
 @both
-def test_async_functions_run_at_once_in_a_loop_that_stays(judge, reward_timeout):
+def test_async_functions_run_at_once_in_a_loop_that_stays(judge, reward_timeout, tmp_path):
     loops = []
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    async def meet(mine, other):
+        mine.touch()
+        for _ in range(3000):
+            if other.exists():
+                return
+            await asyncio.sleep(0.01)
+        raise TimeoutError("the other has not begun")
 
     async def first(**columns):
-        await asyncio.sleep(0.4)
+        await meet(here, there)
         loops.append(asyncio.get_running_loop())
         return [len(loops), float(all(loop is loops[0] for loop in loops))]
 
     class Second:
         async def __call__(self, **columns):
-            await asyncio.sleep(0.4)
+            await meet(there, here)
             return [1, 2]
 
     judges, score = judge(first, Second(), reward_timeout=reward_timeout)
     assert judges.names == ["first", "Second"]
-    start = time.perf_counter()
     assert score().rewards_BK.tolist() == [[1, 1], [1, 2]]
-    assert time.perf_counter() - start < 0.75
     assert score().rewards_BK.tolist() == [[2, 1], [1, 2]]
 
 

@@ -8,7 +8,7 @@ import torch
 from small_models import CHAT_TEMPLATE, save_small_model, small_tokenizer
 from transformers import AutoModelForSequenceClassification, Qwen3Config
 
-from fastgrpo.rewards import Judges, RewardError, reward_model_bytes
+from fastgrpo.rewards import Judges, RewardError, RewardModel, reward_model_bytes
 
 TEXTS = [("2+2=", "4"), ("What is 7 times 6? ", "It is 42, I think."), ("a", "")]
 MESSAGES = [{"role": "user", "content": "2+2="}], [{"role": "assistant", "content": "4"}]
@@ -55,25 +55,28 @@ def score(judges: Judges, pairs) -> list[float]:
 def test_scores_are_those_of_each_text_alone(checkpoint, batch_size):
     expected = [alone(checkpoint, prompt + completion) for prompt, completion in TEXTS]
     assert max(expected) - min(expected) > 0.1
-    with Judges([checkpoint, "format"], batch_size=batch_size, device="cpu") as judges:
+    model = RewardModel(checkpoint, device="cpu", batch_size=batch_size)
+    with Judges([model, "format"]) as judges:
         assert judges.names == ["tiny-judge", "format"]
         # Rounding in fp32 of sums that are about 1.
         assert score(judges, TEXTS) == pytest.approx(expected, abs=2e-5)
-        model = judges.functions[0].model
-        assert not model.training
-        assert model.dtype == torch.float32
+    assert not model.model.training
+    assert model.model.dtype == torch.float32
 
 
 def test_messages_are_read_with_the_models_own_template(tmp_path):
     own = save_reward_model(tmp_path / "judge", chat_template=CHAT_TEMPLATE + "{{ end }}")
     expected = alone(own, "[user]2+2=\n[assistant]4\n!")
-    with Judges([own], chat_template_kwargs={"end": "!"}, device="cpu") as judges:
+    with Judges([own], chat_template_kwargs={"end": "!"}, batch_size=3) as judges:
+        model = judges.functions[0]
+        assert model.template_options == {"end": "!"} and model.batch_size == 3
+    with Judges([RewardModel(own, device="cpu", chat_template_kwargs={"end": "!"})]) as judges:
         assert score(judges, [MESSAGES]) == pytest.approx([expected], abs=2e-5)
 
 
 def test_a_module_is_taken_as_it_is(checkpoint):
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint).double().train()
-    with Judges([model], device="cpu") as judges:
+    with Judges([model]) as judges:
         assert judges.names == ["tiny-judge"]
         expected = [alone(checkpoint, prompt + completion) for prompt, completion in TEXTS]
         assert score(judges, TEXTS) == pytest.approx(expected, abs=2e-5)
@@ -85,10 +88,10 @@ def test_a_module_from_no_checkpoint_needs_its_tokenizer(checkpoint):
     config._name_or_path = ""
     model = AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(
-        ValueError, match=r"not loaded from a checkpoint.*reward_processing_classes"
+        ValueError, match=r"not loaded from a checkpoint.*give RewardModel\(model, tokenizer\)"
     ):
-        Judges([model], device="cpu")
-    with Judges([model], reward_processing_classes=[small_tokenizer()], device="cpu") as judges:
+        Judges([model])
+    with Judges([RewardModel(model, small_tokenizer())]) as judges:
         assert judges.names == ["Qwen3ForSequenceClassification"]
         assert all(map(math.isfinite, score(judges, TEXTS)))
 
@@ -96,11 +99,11 @@ def test_a_module_from_no_checkpoint_needs_its_tokenizer(checkpoint):
 def test_the_end_token_pads_where_there_is_no_padding_token(tmp_path):
     path = save_reward_model(tmp_path / "judge", pad_token=None)
     expected = [alone(path, prompt + completion) for prompt, completion in TEXTS]
-    with Judges([path], device="cpu") as judges:
+    with Judges([RewardModel(path, device="cpu")]) as judges:
         assert score(judges, TEXTS) == pytest.approx(expected, abs=2e-5)
     path = save_reward_model(tmp_path / "other", pad_token=None, eos_token=None)
     with pytest.raises(ValueError, match=r"'other': .*neither a padding nor an end token"):
-        Judges([path], device="cpu")
+        Judges([path])
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
@@ -121,16 +124,16 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(path)
     model.save_pretrained(path, state_dict=model.model.state_dict(prefix="model."))
     with pytest.raises(ValueError, match=r"checkpoint has no score.weight; those would be random"):
-        Judges([path], device="cpu")
+        Judges([path])
 
 
 def test_what_the_model_cannot_read_is_an_error_of_that_function(checkpoint, tmp_path):
-    with Judges([checkpoint], device="cpu", reward_errors="none") as judges:
+    with Judges([checkpoint], reward_errors="none") as judges:
         assert math.isnan(score(judges, [("a" * 200, "b" * 57)])[0])
         assert not math.isnan(score(judges, [("a" * 200, "b" * 56)])[0])
     plain = save_reward_model(tmp_path / "plain", chat_template=None)
     with (
-        Judges([plain], device="cpu") as judges,
+        Judges([plain]) as judges,
         pytest.raises(RewardError, match="'plain' has no chat template, and the prompts are mess"),
     ):
         score(judges, [MESSAGES])
