@@ -211,6 +211,19 @@ def test_completions_are_kept_where_comparing_them_is_interrupted(
     assert start <= written <= datetime.now(UTC)
 
 
+def test_comparing_answers_is_not_silent_for_long(run, tmp_path, monkeypatch, capsys):
+    arguments = ["eval", str(run), "-n", "2", "--max-samples", "3", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    quick = capsys.readouterr().out
+    assert "compare answers\n" in quick and "compared" not in quick
+    monkeypatch.setattr("fastgrpo.evaluation.command._SILENCE_S", 0.0)
+    assert main(arguments) == 0
+    slow = capsys.readouterr().out
+    assert [f"compared those to {i} of 3 prompts\n" in slow for i in (1, 2, 3)] == [True] * 3
+    assert main([*arguments, "-k", "1"]) == 0  # there is no vote
+    assert "compare answers" not in capsys.readouterr().out
+
+
 def test_prompts_that_are_trained_on_are_counted(workshop, run, tmp_path, capsys):
     assert found(evaluate(run, "-n", 1, "--max-samples", 2))["num_seen_in_training"] == 0
     assert "trained on" not in capsys.readouterr().out

@@ -216,19 +216,20 @@ def _vote(
 ) -> list[list[tuple[int, int]]]:
     """Compare the answers to each prompt, as far as the ks need it, and show how far it is."""
     by_answer = ks[-1] > 1
-    starts = range(0, len(verdicts), num_samples)
-    every = math.ceil(len(starts) / _LINES)
     if by_answer:
-        console.phase("compare answers", math.ceil(len(starts) / every))
+        console.phase("compare answers", None)
+    starts, said = range(0, len(verdicts), num_samples), time.monotonic()
     votes: list[list[tuple[int, int]]] = []
     for start in starts:
         votes.append(count_votes(verdicts[start : start + num_samples], by_answer=by_answer))
-        if by_answer and (len(votes) % every == 0 or len(votes) == len(starts)):
-            console.step({})
+        if time.monotonic() - said > _SILENCE_S:
+            console.message(f"compared those to {len(votes):,} of {len(starts):,} prompts")
+            said = time.monotonic()
     return votes
 
 
-_LINES = 10  # to say how far it is
+_SILENCE_S = 10.0
+"""Seconds after which one would like to know how far it is."""
 
 
 def _seen(dataset: Dataset, subject: Subject) -> tuple[int | None, list[str]]:
