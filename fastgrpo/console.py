@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .live_view import EVALUATED, TREND, Sample, State, live_lines
-from .readable import matching, number, printable
+from .readable import changes, matching, number, plain, printable
+from .rewards.contract import content
 
 SHOWN = (
     "reward",
@@ -143,8 +144,8 @@ class Console:
             self._state,
             sample=Sample(
                 step=self._state.step + 1,
-                prompt=printable(_content(prompt)),
-                completion=printable(_content(completion)),
+                prompt=printable(str(content(prompt))),
+                completion=printable(str(content(completion))),
                 rewards=dict(rewards),
                 advantage=advantage,
             ),
@@ -156,27 +157,27 @@ class Console:
         self.message(text)
 
     def message(self, text: str) -> None:
-        """Print a text as it is, above the live area."""
-        # Without soft_wrap long paths would be broken, without Text brackets would be markup.
-        self._console.print(Text(text), soft_wrap=True)
+        """Print a text, `plain` but whole, above the live area."""
+        # Without soft_wrap long paths would be broken.
+        self._console.print(self._text(text), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table, above the live area; all columns but the first are aligned right."""
-        table = Table(title=Text(title, style="bold"), title_justify="left")
+        table = Table(title=self._text(title, style="bold"), title_justify="left")
         for i, column in enumerate(columns):
-            table.add_column(Text(column), justify="right" if i else "left")
+            table.add_column(self._text(column), justify="right" if i else "left")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*map(self._text, row))
         self._console.print(table)
 
-    def accuracies(self, title: str, found: Mapping[str, Mapping[str, float]]) -> None:
-        """Print what was reached: by way of decoding, the share `before` and `after` training."""
-        rows: list[list[str]] = []
-        for how, share in found.items():
-            before, after = share["before"], share["after"]
-            change = f"{100 * (after - before):+.1f} points"
-            rows.append([how, f"{before:.1%}", f"{after:.1%}", change])
-        self.table(title, ["decoding", "before", "after", "change"], rows)
+    def accuracies(self, title: str, found: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Print what was reached: by way of decoding, the reward `before` and `after` training."""
+        self.table(title, ["decoding", "before", "after", "change"], list(changes(found)))
+
+    def _text(self, text: str, style: str = "") -> Text:
+        """Return what the console can show, in which brackets are no markup."""
+        encoding = self._console.encoding
+        return Text(plain(text).encode(encoding, "replace").decode(encoding), style)
 
     def _plain_step(self, line: str) -> None:
         step = self._state.step
@@ -198,10 +199,3 @@ class Console:
 def _words(title: str, metrics: Mapping[str, float | None], names: Sequence[str]) -> str:
     found = matching(metrics, names)
     return "  ".join([title, *(f"{name} {number(value)}" for name, value in found)])
-
-
-def _content(text: Any) -> str:
-    """Return a prompt's or completion's text, of chat messages that of the last."""
-    if isinstance(text, str):
-        return text
-    return str(text[-1].get("content") or "") if text else ""

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from .readable import SPARKS, Metrics, matching, number, printable, short_name, sparkline
+from .readable import SPARKS, Metrics, matching, number, plain, printable, short_name, sparkline
 
 TREND = 64
 """Steps that a sparkline looks back, and over which shares of time are taken."""
@@ -89,9 +89,10 @@ def live_lines(state: State, console: Console, now: float) -> list[Text]:
     if state.sample:
         lines += _sample(state.sample, console, height - len(lines))
     for line in lines:
+        line.plain = plain(line.plain)  # of names of functions
         if console.options.ascii_only:
-            plain = line.plain.translate(_IN_ASCII)
-            line.plain = plain.encode("ascii", "replace").decode("ascii")
+            in_ascii = line.plain.translate(_IN_ASCII)
+            line.plain = in_ascii.encode("ascii", "replace").decode("ascii")
         line.truncate(width)
     return lines[:height]
 

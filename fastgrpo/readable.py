@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,9 +16,23 @@ KEPT = 3000
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
+_OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
+    r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def plain(text: str) -> str:
+    """Return a text without what a terminal or a page would obey; all of it that is to be read.
+
+    Control characters but line breaks and tabs, lone surrogates, and what reorders the text around
+    it become U+FFFD.
+    """
+    return _OBEYED.sub("\ufffd", text.replace("\r\n", "\n"))
+
 
 def printable(text: str) -> str:
-    """Return a text without what a terminal would obey, or is wider in some than in others.
+    """Return what the live area can draw of a text: nothing wider in some terminals than in others.
 
     Control and unassigned characters and lone surrogates become U+FFFD. Joiners, directions and
     other invisible formats, variation selectors and skin tones are dropped, and so are combining
@@ -49,6 +64,29 @@ def number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+
+
+def changes(
+    found: Mapping[str, Mapping[str, float | None]],
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, `before`, `after` and their difference, as text; "-" where there is none.
+
+    They are percents if all are between 0 and 1.
+    """
+    values = [pair.get(when) for pair in found.values() for when in ("before", "after")]
+    share = all(v is None or math.isnan(v) or 0 <= v <= 1 for v in values)
+
+    def text(value: float, form: str) -> str:
+        return "-" if math.isnan(value) else format(value, form)
+
+    for name, pair in found.items():
+        before, after = (
+            math.nan if v is None else v for v in (pair.get("before"), pair.get("after"))
+        )
+        form, difference = (".1%", 100 * (after - before)) if share else (".4g", after - before)
+        by = text(difference, "+.1f" if share else "+.4g")
+        unit = " points" if share and by != "-" else ""
+        yield name, text(before, form), text(after, form), by + unit
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:

@@ -7,9 +7,9 @@ dashboards carry over. A tracker that fails during a run is told of once and doe
 from __future__ import annotations
 
 import difflib
-import html
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -57,9 +57,7 @@ class TensorBoard:
 
     def table(self, columns: list[str], rows: list[list[Cell]], step: int) -> None:
         """Write completions as a table in Markdown."""
-        lines = [columns, ["---"] * len(columns), *rows]
-        text = "\n".join(f"| {' | '.join(map(_markdown, line))} |" for line in lines)
-        self._writer.add_text("completions", text, step)
+        self._writer.add_text("completions", markdown_table(columns, rows), step)
         self._writer.flush()
 
     def close(self, *, failed: bool) -> None:
@@ -288,9 +286,20 @@ def _text(prompt_or_completion: Any) -> str:
     return json.dumps(prompt_or_completion, ensure_ascii=False)
 
 
-def _markdown(cell: Cell) -> str:
-    """Return a cell whose text can neither end it nor be markup."""
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Return a table in Markdown, in which no text is markup.
+
+    TensorBoard makes it HTML with pictures and links, which the browser of whoever looks at a
+    completion would fetch.
+    """
+    lines = [list(map(_escaped, columns)), ["---"] * len(columns)]
+    lines += [list(map(_escaped, row)) for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(cell: Cell) -> str:
     if not isinstance(cell, str):
         return "" if cell is None else f"{cell:.4g}"
-    text = html.escape(cell).replace("|", "&#124;").replace("`", "&#96;")
+    # Markdown is made of nothing but punctuation and line breaks.
+    text = re.sub(r"[!-/:-@\[-`{-~]", lambda found: f"&#{ord(found[0])};", cell)
     return text.replace("\r", "").replace("\n", "<br>")

@@ -41,11 +41,13 @@ def made_up(path, n=40):
     for step in (0, 20):
         metrics = {"pass@1": {"value": 0.25 + step / 100, "low": 0.2, "high": 0.5}}
         found = {
-            "checkpoint": f"run/checkpoints/step-{step}",
+            "checkpoint": f"step-{step}" if step else "base",
             "split": "test",
             "num_prompts": 100,
             "num_samples": 4,
             "temperature": 1.0,
+            "judge": "accuracy",
+            "threshold": None,
             "metrics": metrics,
         }
         (path / "eval" / f"{step}.json").write_text(json.dumps(found))

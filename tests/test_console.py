@@ -1,7 +1,9 @@
 """Plain lines without a terminal, a live area with one."""
 
 import math
-from io import StringIO
+import re
+from collections.abc import Mapping
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 from rich.console import Console as RichConsole
@@ -9,9 +11,9 @@ from rich.console import Console as RichConsole
 from fastgrpo.console import Console
 
 
-def plain(logging_steps: int = 1) -> tuple[Console, StringIO]:
+def plain(logging_steps: int = 1, width: int = 40) -> tuple[Console, StringIO]:
     file = StringIO()
-    return Console(logging_steps=logging_steps, console=RichConsole(file=file, width=40)), file
+    return Console(logging_steps=logging_steps, console=RichConsole(file=file, width=width)), file
 
 
 def live() -> tuple[Console, StringIO]:
@@ -135,6 +137,60 @@ def test_messages_are_neither_broken_nor_read_as_markup() -> None:
         with console:
             console.message(text)
         assert text in file.getvalue()
+
+
+def test_nothing_that_a_terminal_would_obey_reaches_it() -> None:
+    """An exception may quote a completion, whole; a log is looked at in a terminal later."""
+    hostile = (
+        "f failed: '\x1b[2J\x1b]0;owned\x07\x9b \u202e \ud800'\nline 2 end 👩\u200d🔬" + "x" * 9000
+    )
+    harmless = (
+        "f failed: '\ufffd[2J\ufffd]0;owned\ufffd\ufffd \ufffd \ufffd'\nline 2 end 👩\u200d🔬"
+    )
+    console, file = plain()
+    console.message(hostile)
+    console.warning(hostile)
+    assert file.getvalue() == 2 * (harmless + "x" * 9000 + "\n")
+    for console, file in (plain(), live()):
+        with console:
+            console.phase(hostile, 3)
+            console.message(hostile)
+            console.warning(hostile)
+            console.table(hostile, [hostile], [[hostile]])
+            console.step({"step": 1, "rewards/\x1b[2J\u202ename/mean": 1.0})
+        shown = file.getvalue()
+        assert not re.search(r"\x1b(\[2J|\])|[\x07\x9b\u202e\ud800]", shown)
+
+
+def test_a_text_that_the_log_has_no_characters_for_is_written() -> None:
+    file = TextIOWrapper(BytesIO(), encoding="latin-1")
+    Console(console=RichConsole(file=file, width=40)).warning("é\x1b 卵")
+    file.flush()
+    assert file.buffer.getvalue() == "é? ?\n".encode("latin-1")
+
+
+def table_of(found: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
+    console, file = plain(width=80)
+    console.accuracies("judge on 8 held-out prompts", found)
+    lines = [line.split("│")[1:-1] for line in file.getvalue().splitlines() if "│" in line]
+    return [[cell.strip() for cell in row] for row in lines]
+
+
+def test_accuracies_are_percents_and_other_rewards_are_not() -> None:
+    shares = {"greedy": {"before": 0.5, "after": 0.844}, "sampled": {"before": 0.25, "after": 0.0}}
+    assert table_of(shares) == [
+        ["greedy", "50.0%", "84.4%", "+34.4 points"],
+        ["sampled", "25.0%", "0.0%", "-25.0 points"],
+    ]
+    rewards = {"greedy": {"before": -1.2, "after": 2.31}, "sampled": {"before": 0.5, "after": 1.0}}
+    assert table_of(rewards) == [
+        ["greedy", "-1.2", "2.31", "+3.51"],
+        ["sampled", "0.5", "1", "+0.5"],  # one unit in a table
+    ]
+    assert table_of({"greedy": {"before": math.nan, "after": 0.5}}) == [
+        ["greedy", "-", "50.0%", "-"]
+    ]
+    assert table_of({"greedy": {"before": None, "after": math.nan}}) == [["greedy", "-", "-", "-"]]
 
 
 def test_the_table_shows_every_cell() -> None:

@@ -10,7 +10,7 @@ from made_up_run import HOSTILE, chart_of, made_up
 from small_runs import lines as read_lines
 
 from fastgrpo.report import write_report
-from fastgrpo.report.chart import WIDTH, draw
+from fastgrpo.report.chart import NUM_COLOURS, WIDTH, draw
 from fastgrpo.report.files import read_run
 from fastgrpo.report.page import TEMPLATE
 from fastgrpo.report.panels import curves
@@ -241,8 +241,8 @@ def cielab(hexadecimal, vision):
 @pytest.mark.parametrize("vision", VISION)
 def test_colours_of_curves_are_told_apart(vision):
     colours = re.findall(r"--c\d: #(\w{6})", (TEMPLATE / "page.css").read_text())
-    assert len(colours) == 16
-    for scheme in (colours[:8], colours[8:]):
+    assert len(colours) == 2 * NUM_COLOURS
+    for scheme in (colours[:NUM_COLOURS], colours[NUM_COLOURS:]):
         for a, b in itertools.combinations(scheme, 2):
             assert np.linalg.norm(cielab(a, vision) - cielab(b, vision)) >= 20, (a, b)
 

@@ -1,11 +1,14 @@
 """The page of a run: its numbers, and what it refuses."""
 
+import collections
 import json
 import math
+import os
 import re
 import statistics
 
 import pytest
+import yaml
 from made_up_run import chart_of, completion, made_up, write_lines
 from small_runs import lines as read_lines
 
@@ -13,6 +16,7 @@ from fastgrpo.report import write_report
 from fastgrpo.report.chart import Chart, Series, draw
 from fastgrpo.report.completions import MOST_BYTES, MOST_CHARACTERS, browsable
 from fastgrpo.report.files import read_run
+from fastgrpo.report.page import headline
 from fastgrpo.report.panels import curves, evaluations
 from fastgrpo.report.totals import histograms, timings
 
@@ -59,6 +63,77 @@ def test_evaluations_are_points_with_their_intervals(tmp_path):
     assert [x[0] for x in accuracy.x] == [0, 20]
     series = accuracy.series[0]
     assert (series.values, series.low, series.high) == ([0.25, 0.45], [0.2, 0.2], [0.5, 0.5])
+
+
+def evaluate(path, name, at, value=0.25, **found):
+    """Write what an evaluation found, `at` seconds after the epoch."""
+    found = {
+        "checkpoint": "final",
+        "split": "test",
+        "num_prompts": 100,
+        "num_samples": 4,
+        "temperature": 1.0,
+        "judge": "accuracy",
+        "threshold": None,
+        "metrics": {"pass@1": {"value": value, "low": 0.0, "high": 1.0}},
+    } | found
+    (path / "eval" / name).write_text(json.dumps(found))
+    os.utime(path / "eval" / name, (at, at))
+
+
+def accuracies(path):
+    """Return the points of held-out accuracy by the names of their series."""
+    (chart,) = [c for c in evaluations(read_run(path)) if c.title == "Held-out accuracy"]
+    steps = [x[0] for x in chart.x]
+    return {s.name: dict(zip(steps, s.values, strict=True)) for s in chart.series}
+
+
+def without_evaluations(path):
+    for found in (made_up(path) / "eval").iterdir():
+        found.unlink()
+    return path
+
+
+def test_only_checkpoints_of_the_run_are_points_of_its_curve(tmp_path):
+    path = without_evaluations(tmp_path / "run")
+    names = ["base", "step-20", "final", "/other/run/final", "other/checkpoints/step-30", "a/base"]
+    for i, checkpoint in enumerate(names):
+        evaluate(path, f"{i}.json", at=i, value=i / 10, checkpoint=checkpoint)
+    assert accuracies(path) == {"pass@1": {0: 0.0, 20: 0.1, 40: 0.2}}
+    page = write_report(path).read_text()
+    assert "<td>/other/run/final</td>" in page  # in the table
+
+
+def test_of_two_evaluations_of_the_same_the_newer_counts(tmp_path):
+    path = without_evaluations(tmp_path / "run")
+    for name, at, value in (("final-test.json", 1, 0.5), ("final-test-2.json", 2, 0.9)):
+        evaluate(path, name, at, value)
+    assert accuracies(path) == {"pass@1": {40: 0.9}}
+    evaluate(path, "final-test.json", 3, 0.6)  # removed and measured anew
+    assert accuracies(path) == {"pass@1": {40: 0.6}}
+    for i in range(2, 12):  # copied: all have the time of the copy
+        evaluate(path, f"final-test-{i}.json", 3, i / 100)
+    assert accuracies(path) == {"pass@1": {40: 0.11}}
+
+
+def test_judges_and_thresholds_are_told_apart(tmp_path):
+    path = without_evaluations(tmp_path / "run")
+    over = "test, 100 prompts × 4, temperature 1.0"
+    for i, found in enumerate(
+        [
+            {},
+            {"judge": "format"},
+            {"judge": "model", "threshold": 0.5},
+            {"judge": "model", "threshold": 2},
+        ]
+    ):
+        evaluate(path, f"{i}.json", at=i, value=i / 10, **found)
+    assert accuracies(path) == {
+        f"pass@1 ({over}, judge accuracy)": {40: 0.0},
+        f"pass@1 ({over}, judge format)": {40: 0.1},
+        f"pass@1 ({over}, judge model from 0.5 on)": {40: 0.2},
+        f"pass@1 ({over}, judge model from 2 on)": {40: 0.3},
+    }
 
 
 def test_histograms_count_every_completion_of_the_tenths_and_those_not_judged(tmp_path):
@@ -128,6 +203,48 @@ def test_completions_are_spread_over_the_run_and_long_texts_say_what_is_left_out
     assert found["completions"][0]["per_token"] == 3
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "each", "text"),
+    [
+        (1, 400, "x" * MOST_CHARACTERS),
+        (2, 400, "x" * MOST_CHARACTERS),
+        (30, 40, "<&>" * 4000),  # six characters each on the page
+        (2, 3, [{"role": "user", "content": "卵" * MOST_CHARACTERS}] * 100),
+    ],
+)
+def test_the_page_stays_small_whatever_a_step_has(tmp_path, num_steps, each, text):
+    path = made_up(tmp_path / "run")
+    (path / "completions.jsonl").unlink()
+    bare = write_report(path).stat().st_size
+    lines = [
+        completion(step, 0) | {"prompt": f"p{i}", "completion": text}
+        for step in range(1, num_steps + 1)
+        for i in range(each)
+    ]
+    write_lines(path / "completions.jsonl", lines)
+    page = write_report(path).read_text()
+    assert len(page.encode()) - bare < MOST_BYTES + 5000  # the controls
+    found = browsable(lines)
+    shown = found["completions"]
+    counts = collections.Counter(entry["step"] for entry in shown)
+    assert set(counts) <= set(found["steps"])
+    if isinstance(text, str):
+        assert (found["steps"][0], found["steps"][-1]) == (1, num_steps)
+        assert len(set(counts.values())) == 1 and sum(counts.values()) * len(text) > MOST_BYTES / 10
+        firsts = [found["prompts"][e["prompt"]][0]["text"] for e in shown if e["step"] == 1]
+        assert firsts == [f"p{i}" for i in range(len(firsts))]
+    assert f"{len(shown)} of {len(lines)} logged completions" in page
+    assert "the first of each" in page and "completions.jsonl has all" in page
+
+
+def test_what_fits_is_there(tmp_path):
+    few = [completion(s, 0) | {"completion": "x" * 10_000} for s in (1, 1, 1, *range(2, 100))]
+    found = browsable(few)
+    assert len(found["completions"]) == 101 and not found["cut"]
+    page = write_report(made_up(tmp_path / "run")).read_text()
+    assert "12 of 12 logged completions, from 4 of 4 logged steps. Control" in page
+
+
 def test_a_run_going_on_and_an_old_one_are_read(tmp_path):
     path = made_up(tmp_path / "run")
     with open(path / "metrics.jsonl", "ab") as file:
@@ -162,9 +279,68 @@ def test_numbers_at_the_top(tmp_path):
         "Tokens per second": "500",
         "Peak memory": "1.5 GiB",
     }
-    assert "+25.0 points" in page
+    assert "+25.0 points, accuracy on held-out prompts" in page  # the configuration's first
+    assert "of completions, over all seconds of the steps" in page
     assert "finished, step 40 of 40" in page
     assert "torch 9.9" in page
+
+
+def test_the_judge_is_that_of_the_summary_and_no_result_a_dash(tmp_path):
+    path = made_up(tmp_path / "run")
+    summary = {"steps": 40, "judge": "mine", "test": {}}
+    summary["test"]["greedy"] = {"before": -1.2, "after": 2.31}
+    summary["test"]["sampled"] = {"before": None, "after": 0.5}
+    (path / "summary.json").write_text(json.dumps(summary))
+    facts = {fact.name: fact for fact in headline(read_run(path))}
+    assert facts["Test, greedy"].value == "-1.2 → 2.31"
+    assert facts["Test, greedy"].detail == "+3.51, mine on held-out prompts"
+    assert facts["Test, sampled"].value == "- → 0.5"
+    assert facts["Test, sampled"].detail == "-, mine on held-out prompts"
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("count", [40, 39, 38, 37])
+def test_the_rate_at_the_top_counts_every_token_and_second_once(tmp_path, iterations, count):
+    """Two batches a generation, 100 and 300 tokens; sampling takes 10 s, a step 1 s."""
+    path = made_up(tmp_path / "run")
+    period = 2 * iterations
+    rows, tokens = [], 0
+    for i in range(count):
+        own, seconds = (100, 300)[i % 2], 11.0 if i % period == 0 else 1.0
+        tokens += own if i % period < 2 else 0
+        rows.append(
+            {
+                "step": i + 1,
+                "loss": 0.1,
+                "num_tokens": 1000 * (i // period + 1),
+                "step_time": seconds,
+                "tokens_per_second": own / seconds,
+            }
+        )
+    write_lines(path / "metrics.jsonl", rows)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config |= {"num_iterations": iterations, "steps_per_generation": 4}
+    config["gradient_accumulation_steps"] = 2
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (fact,) = [fact for fact in headline(read_run(path)) if fact.name == "Tokens per second"]
+    assert fact.value == f"{tokens / sum(row['step_time'] for row in rows):,.0f}"
+
+
+def test_texts_of_a_run_cannot_reorder_the_page(tmp_path):
+    path = made_up(tmp_path / "run")
+    odd = "\u202e evil \x1b[31m \x00 \x9b \u2066<b>"
+    write_lines(path / "warnings.jsonl", [{"step": 1, "text": odd + "\ud800"}])
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"run_name": odd, odd: odd}))
+    metrics = read_lines(path / "metrics.jsonl")
+    metrics[-1] |= {f"rewards/{odd}/mean": 1.0, f"time/{odd}": 1.0}
+    write_lines(path / "metrics.jsonl", metrics)
+    write_lines(path / "rewards.jsonl", [{"step": 1, "rewards": {odd: [0.0, 1.0]}}])
+    evaluate(path, "odd.json", at=1, checkpoint=odd, judge=odd, metrics={odd: {"value": 1}})
+    (path / "summary.json").write_text(json.dumps({"judge": odd, "versions": {odd: odd}}))
+    page = write_report(path).read_text()
+    assert page.count("evil") > 10
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page)
 
 
 def test_no_text_of_a_run_becomes_markup(tmp_path):
@@ -187,6 +363,23 @@ def test_no_text_of_a_run_becomes_markup(tmp_path):
         (
             lambda run: (run / "rewards.jsonl").write_text('{"rewards": {}}\n'),
             "object 1 has no whole number as its step",
+        ),
+        (
+            lambda run: write_lines(run / "metrics.jsonl", [{"step": 0, "eval_reward": 0.1}]),
+            "has no step in metrics.jsonl yet",
+        ),
+        (
+            lambda run: (run / "warnings.jsonl").write_text('{"text": "w"}\n'),
+            "object 1 has no whole number as its step",
+        ),
+        (lambda run: (run / "warnings.jsonl").write_text('{"step": 1}\n'), "object 1 has no text"),
+        (
+            lambda run: (run / "eval" / "x.json").write_text('{"metrics": {}}'),
+            "x.json is no result of `fastgrpo eval`",
+        ),
+        (
+            lambda run: evaluate(run, "x.json", at=1, metrics={"pass@1": 0.5}),
+            "x.json is no result of `fastgrpo eval`",
         ),
         (lambda run: (run / "summary.json").write_text("{"), "does not hold names and values"),
         (lambda run: (run / "config.yaml").write_text("- a\n"), "does not hold names and values"),

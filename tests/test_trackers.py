@@ -1,7 +1,9 @@
 """What arrives in each tracker, read back from what it wrote."""
 
+import html
 import json
 import math
+import re
 import sqlite3
 import struct
 import sys
@@ -81,8 +83,29 @@ def test_tensorboard_has_the_numbers_the_configuration_and_the_completions(write
     head, line, row = table.tensor_proto.string_val[0].decode().splitlines()
     assert head == f"| {' | '.join(COLUMNS)} |"
     assert line == "| --- | --- | --- | --- | --- | --- |"
-    assert row.startswith("| 2 | [{&quot;role&quot;")
-    assert row.endswith("| a &#124; b<br>&lt;b&gt;&#96;x&#96;&lt;/b&gt; | 1 |  | 0.5 |")
+    cells = [html.unescape(cell) for cell in row.removeprefix("| ").removesuffix(" |").split(" | ")]
+    assert cells == ["2", MESSAGES, "a | b<br><b>`x`</b>", "1", "", "0.5"]
+
+
+HOSTILE = (
+    "![t](http://evil.example/x.png) **bold** __u__ [click](http://evil.example) `code` "
+    '<http://evil.example> <img src="http://evil.example/y.png"> \\* &amp; | ~~~'
+)
+
+
+def test_no_text_of_a_completion_is_markup_in_tensorboard():
+    """Its page turns Markdown into HTML, whose pictures the viewer's browser would fetch."""
+    plugin_util = pytest.importorskip("tensorboard.plugin_util")
+    lines = [["completion"], ["---"], [f"{HOSTILE}\n# second line\n\n    third\r\n---"]]
+    table = trackers.markdown_table(lines[0], lines[2:])
+    page = plugin_util.markdown_to_safe_html(table)
+    tags = re.findall(r"<(/?\w+)", page)
+    assert set(tags) == {
+        t for tag in ("table", "thead", "tbody", "tr", "th", "td") for t in (tag, f"/{tag}")
+    } | {"br"}
+    (cell,) = re.findall(r"<td>(.*?)</td>", page, re.DOTALL)
+    shown = html.unescape(cell.replace("<br>", "\n"))
+    assert shown.split("\n") == [HOSTILE, "# second line", "", "    third", "---"]
 
 
 def leveldb_records(log):

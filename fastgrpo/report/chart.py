@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 420, 225
 
 FONT = 13
 NUM_COLOURS = 8
+"""Colours that the style sheet has; of more series some share one."""
 
 Values = Sequence[float | None]
 
@@ -106,7 +107,7 @@ def draw(chart: Chart) -> Drawing:
         bottom,
         [(to_y(t), text) for t, text in zip(y_values, texts, strict=True)],
         _x_ticks(chart, x_low, x_high, to_x, right - left),
-        marks,
+        [(kind, i % NUM_COLOURS, path) for kind, i, path in marks],
         _data(chart, xs, {"top": top, "bottom": bottom, "low": low, "high": high}),
     )
 
@@ -280,11 +281,12 @@ def _data(chart: Chart, xs: list[float], heights: dict[str, float]) -> dict[str,
         "percent": chart.percent,
         "series": [
             {
+                "colour": i % NUM_COLOURS,
                 "values": _six(series.values),
                 "low": series.low and _six(series.low),
                 "high": series.high and _six(series.high),
             }
-            for series in chart.series
+            for i, series in enumerate(chart.series)
         ],
     }
 

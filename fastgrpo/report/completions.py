@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
+
+from jinja2.utils import htmlsafe_json_dumps
 
 from .files import Line, number
 
@@ -12,6 +15,8 @@ MOST_CHARACTERS = 12_000
 """Of one text; of a longer one the beginning and the end are shown."""
 MOST_BYTES = 1_800_000
 """Of all completions on the page."""
+LEAST_STEPS = 20
+"""Steps that all have a part of it, however many completions each of them logged."""
 
 
 def browsable(lines: Sequence[Line]) -> dict[str, Any]:
@@ -22,8 +27,13 @@ def browsable(lines: Sequence[Line]) -> dict[str, Any]:
     steps: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         steps.setdefault(line["step"], []).append(_entry(line))
-    chosen = _spread({step: _size(found) for step, found in steps.items()})
-    entries = [entry for step in chosen for entry in steps[step]]
+    ends = {step: list(accumulate(_sizes(found))) for step, found in steps.items()}
+    if sum(each[-1] for each in ends.values()) > MOST_BYTES:
+        room = MOST_BYTES // min(len(steps), LEAST_STEPS)
+        fitting = {step: [end for end in each if end <= room] for step, each in ends.items()}
+        ends = {step: each for step, each in fitting.items() if each}
+    chosen = _spread({step: each[-1] for step, each in ends.items()})
+    entries = [entry for step in chosen for entry in steps[step][: len(ends[step])]]
     prompts: dict[str, int] = {}
     for entry in entries:
         entry["prompt"] = prompts.setdefault(json.dumps(entry["prompt"]), len(prompts))
@@ -33,13 +43,19 @@ def browsable(lines: Sequence[Line]) -> dict[str, Any]:
         "steps": chosen,
         "num_steps": len(steps),
         "num_completions": len(lines),
+        "cut": sum(map(len, ends.values())) < len(lines),  # of a step not all are there
         "rewards": list(dict.fromkeys(name for entry in entries for name in entry["rewards"])),
     }
 
 
-def _size(entries: Sequence[dict[str, Any]]) -> int:
-    prompts = {json.dumps(entry["prompt"]) for entry in entries}
-    return sum(map(len, prompts)) + sum(len(json.dumps(e | {"prompt": 0})) for e in entries)
+def _sizes(entries: Sequence[dict[str, Any]]) -> Iterator[int]:
+    """Yield what each entry adds to the page; a prompt counts with the first that has it."""
+    prompts: set[str] = set()
+    for entry in entries:
+        # As the page has it: in JSON of ASCII, in which what could be markup is escaped too.
+        prompt, rest = (htmlsafe_json_dumps(x) for x in (entry["prompt"], entry | {"prompt": 1e9}))
+        yield len(rest) + (0 if prompt in prompts else len(prompt) + 2)
+        prompts.add(prompt)
 
 
 def _spread(size: dict[int, int]) -> list[int]:

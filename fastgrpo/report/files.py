@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -24,7 +24,7 @@ class RunFiles:
     completions: list[Line]
     rewards: list[Line]
     warnings: list[Line] | None  # None: not recorded
-    evaluations: list[Line]
+    evaluations: list[Line]  # the oldest first
     summary: Line | None  # None: the run is not finished
     remarks: list[str] = field(default_factory=list)  # what was skipped, in words
 
@@ -44,7 +44,7 @@ class RunFiles:
         return self.metrics[-1]["step"]
 
 
-def number(value: Any) -> bool:
+def number(value: Any) -> TypeGuard[float]:
     """Return whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -65,22 +65,22 @@ def read_run(path: Path) -> RunFiles:
             "printed"
         )
     remarks: list[str] = []
-    metrics = _by_step(path / "metrics.jsonl", remarks)
-    if not metrics:
-        raise ValueError(f"{path} has no step in metrics.jsonl yet: try again after the first one")
     summary = path / "summary.json"
     warnings = path / "warnings.jsonl"
-    return RunFiles(
+    run = RunFiles(
         path=path,
         config=_mapping(path / "config.yaml", yaml.safe_load),
-        metrics=metrics,
+        metrics=_by_step(path / "metrics.jsonl", remarks),
         completions=list(_stepped(path / "completions.jsonl", remarks)),
         rewards=list(_stepped(path / "rewards.jsonl", remarks)),
-        warnings=list(_lines(warnings, remarks)) if warnings.is_file() else None,
-        evaluations=[_mapping(p, json.loads) for p in sorted(path.glob("eval/*.json"))],
+        warnings=list(_told(warnings, remarks)) if warnings.is_file() else None,
+        evaluations=[_evaluation(p) for p in sorted(path.glob("eval/*.json"), key=_age)],
         summary=_mapping(summary, json.loads) if summary.is_file() else None,
         remarks=remarks,
     )
+    if not run.training:
+        raise ValueError(f"{path} has no step in metrics.jsonl yet: try again after the first one")
+    return run
 
 
 def _by_step(path: Path, remarks: list[str]) -> list[Line]:
@@ -99,6 +99,30 @@ def _stepped(path: Path, remarks: list[str]) -> Iterator[Line]:
                 f"{path}: object {i} has no whole number as its step: repair or remove that line"
             )
         yield line
+
+
+def _told(path: Path, remarks: list[str]) -> Iterator[Line]:
+    for i, line in enumerate(_stepped(path, remarks), 1):
+        if not isinstance(line.get("text"), str):
+            raise ValueError(f"{path}: object {i} has no text: repair or remove that line")
+        yield line
+
+
+def _age(path: Path) -> tuple[int, int, str]:
+    """Return what sorts results by age; of files that were copied their numbers tell."""
+    return path.stat().st_mtime_ns, len(path.name), path.name
+
+
+def _evaluation(path: Path) -> Line:
+    found = _mapping(path, json.loads)
+    metrics = found.get("metrics")
+    if not (
+        isinstance(found.get("checkpoint"), str)
+        and isinstance(metrics, dict)
+        and all(isinstance(value, dict) for value in metrics.values())
+    ):
+        raise ValueError(f"{path} is no result of `fastgrpo eval`: repair or remove it")
+    return found
 
 
 def _lines(path: Path, remarks: list[str]) -> Iterator[Line]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from fastgrpo_kernels import GRPOLossConfig
 
 from ..config import LOSS_KEYS, TrainConfig
+from ..readable import changes, plain
 from .chart import HEIGHT, WIDTH, draw, smoothing, tenths
 from .completions import browsable
 from .files import Line, RunFiles, number, read_run
@@ -42,8 +43,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = render(read_run(run))
     path = out or run / "report.html"
     try:
-        # Texts of models may hold halves of characters, which UTF-8 has no bytes for.
-        path.write_bytes(page.encode("utf-8", "replace"))
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"{path} cannot be written ({error.strerror}): name another file"
@@ -59,6 +59,7 @@ def render(run: RunFiles) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_plain,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # reward functions in order
     environment.filters |= {"percent": _percent, "breakable": _breakable}
@@ -137,15 +138,12 @@ class Fact:
 def headline(run: RunFiles) -> Iterator[Fact]:
     """Yield the numbers a reader asks for first."""
     summary, lines = run.summary or {}, run.training
-    judge = str((run.config.get("reward_funcs") or ["reward"])[0]).rpartition(":")[2]
-    for how, shares in (summary.get("test") or {}).items():
-        before, after = shares.get("before"), shares.get("after")
-        if number(before) and number(after):
-            yield Fact(
-                f"Test, {how}",
-                _change(before, after),
-                f"{_difference(before, after)}, {judge} on held-out prompts",
-            )
+    named = str((run.config.get("reward_funcs") or ["reward"])[0]).rpartition(":")[2]
+    judge = summary.get("judge") or named
+    for how, before, after, difference in changes(summary.get("test") or {}):
+        yield Fact(
+            f"Test, {how}", f"{before} → {after}", f"{difference}, {judge} on held-out prompts"
+        )
     rewards = column(lines, "reward")
     first, last = ([v for v in part if v is not None] for part in tenths(rewards))
     if first and last:
@@ -162,10 +160,34 @@ def headline(run: RunFiles) -> Iterator[Fact]:
         yield Fact("Wall time", _duration(summary["seconds"]), "tests and checkpoints included")
     elif spent := _known(column(lines, "step_time")):
         yield Fact("Time in steps", _duration(sum(spent)), "without tests and checkpoints")
-    if rates := _known(column(lines, "tokens_per_second")):
-        yield Fact("Tokens per second", f"{median(rates):,.0f}", "completions, median step")
+    if rate := throughput(run):
+        detail = "of completions, over all seconds of the steps, sampling included"
+        yield Fact("Tokens per second", f"{rate:,.0f}", detail)
     if peaks := _known(column(lines, "memory/peak_gib")):
         yield Fact("Peak memory", f"{max(peaks):.3g} GiB", "of the GPU, or resident without one")
+
+
+def throughput(run: RunFiles) -> float:
+    """Return completion tokens per second of the run's steps; 0 if they were not measured.
+
+    A step's own rate is of no use if a batch of completions serves several: one of them has all the
+    seconds of sampling. And with num_iterations each of them trains on the same tokens again.
+    """
+    accumulated = run.config.get("gradient_accumulation_steps") or 1
+    parts = (run.config.get("steps_per_generation") or accumulated) // accumulated
+    period = parts * (run.config.get("num_iterations") or 1)
+    tokens = seconds = 0.0
+    for line in run.training:
+        rate, spent = line.get("tokens_per_second"), line.get("step_time")
+        if number(rate) and number(spent):
+            seconds += spent
+            tokens += rate * spent if (line["step"] - 1) % period < parts else 0.0
+    return tokens / seconds if seconds else 0.0
+
+
+def _plain(value: Any) -> Any:
+    """Return a text of the run as the page may show it; what is markup is ours."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _percent(value: Any) -> str:
@@ -174,19 +196,7 @@ def _percent(value: Any) -> str:
 
 def _breakable(name: str) -> Markup:
     """Return a name that a narrow page breaks between its words."""
-    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[_/.:])", name))
-
-
-def _change(before: float, after: float) -> str:
-    if 0 <= before <= 1 and 0 <= after <= 1:
-        return f"{before:.1%} → {after:.1%}"
-    return f"{before:.4g} → {after:.4g}"
-
-
-def _difference(before: float, after: float) -> str:
-    if 0 <= before <= 1 and 0 <= after <= 1:
-        return f"{100 * (after - before):+.1f} points"
-    return f"{after - before:+.4g}"
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[_/.:])", plain(name)))
 
 
 def _known(values: list[float | None]) -> list[float]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import PurePath
 
 from .chart import Chart, Series, binned
 from .files import Line, RunFiles, number
@@ -91,7 +90,12 @@ PANELS = (
         keys=("sampling/importance_sampling_ratio/mean",),
         band=("sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/max"),
     ),
-    Panel(title="Throughput", unit="completion tokens per second", keys=("tokens_per_second",)),
+    Panel(
+        title="Throughput",
+        unit="completion tokens of a step per second of it",
+        keys=("tokens_per_second",),
+        note="Of steps that share a batch of completions the first pays for the sampling.",
+    ),
     Panel(title="Memory", unit="GiB at the peak so far", keys=("memory/peak_gib",), smooth=False),
 )
 
@@ -215,24 +219,25 @@ def _measured(run: RunFiles) -> Iterator[tuple[str, int, Measured]]:
                 yield how, step, (shares[when], None, None)
     settings = {setting(found) for found in run.evaluations}
     for found in run.evaluations:
-        step = step_of(str(found.get("checkpoint", "")), run.last_step)
-        for name, value in (found.get("metrics") or {}).items():
+        step = step_of(found["checkpoint"], run.last_step)
+        for name, value in found["metrics"].items():
             if step is not None and number(value.get("value")):
                 full = name if len(settings) == 1 else f"{name} ({setting(found)})"
                 yield full, step, (value["value"], value.get("low"), value.get("high"))
 
 
 def setting(found: Line) -> str:
-    """Return in words what an evaluation was over."""
+    """Return in words what an evaluation was over, and what was right."""
+    threshold = found.get("threshold")
     return (
         f"{found.get('split') or 'no split'}, {found.get('num_prompts')} prompts × "
-        f"{found.get('num_samples')}, temperature {found.get('temperature')}"
+        f"{found.get('num_samples')}, temperature {found.get('temperature')}, judge "
+        f"{found.get('judge')}{'' if threshold is None else f' from {threshold:g} on'}"
     )
 
 
 def step_of(checkpoint: str, last: int) -> int | None:
-    """Return the step of a checkpoint from its name; None: its name does not say."""
-    name = PurePath(checkpoint).name
-    if match := re.fullmatch(r"(?:step|checkpoint)-(\d+)", name):
+    """Return the step of a checkpoint of the run; None: it is another model, by its directory."""
+    if match := re.fullmatch(r"step-(\d+)", checkpoint):
         return int(match[1])
-    return {"base": 0, "final": last}.get(name)
+    return {"base": 0, "final": last}.get(checkpoint)

@@ -68,11 +68,11 @@
       const x = this.data.x[index];
       this.cursor.append(inSvg("path", { d: `M${x} ${top}V${bottom}` }));
       if (this.data.style === "bars" || this.data.style === "areas") return;
-      this.data.series.forEach((series, k) => {
+      this.data.series.forEach((series) => {
         const value = series.values[index];
         if (value === null) return;
         const y = bottom - ((value - low) / (high - low)) * (bottom - top);
-        this.cursor.append(inSvg("circle", { class: `s${k % 8}`, cx: x, cy: y, r: 4.5 }));
+        this.cursor.append(inSvg("circle", { class: `s${series.colour}`, cx: x, cy: y, r: 4.5 }));
       });
     }
   }
