@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .readable import printable
+from .readable import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(error: Exception | str, *more: str) -> None:
     """Say what is wrong; of texts that others wrote only what a terminal does not obey."""
-    print(f"fastgrpo: {printable(str(error))}", *more, sep="\n", file=sys.stderr)
+    print(f"fastgrpo: {plain(str(error))}", *more, sep="\n", file=sys.stderr)
 
 
 def _add_eval_options(parser: argparse.ArgumentParser) -> None:

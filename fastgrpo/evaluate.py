@@ -41,7 +41,9 @@ class Evaluator:
         sampler.rollout.update_weights(sampler.policy.model)
         for first in range(0, len(self.dataset), at_once):
             rows = self.dataset[first : first + at_once]
-            yield sampler.sample(rows, num_generations, generator, times={}, sampling=sampling)
+            yield sampler.sample(
+                rows, num_generations, generator, times={}, sampling=sampling, evaluation=True
+            )
         sampler.rollout.sleep()
 
     def num_batches(self, num_generations: int = 1) -> int:

@@ -101,6 +101,7 @@ class Sampler:
         *,
         times: dict[str, float],
         sampling: SamplingParams | None = None,
+        evaluation: bool = False,
     ) -> list[Sample]:
         """Sample and judge completions of each prompt.
 
@@ -110,6 +111,7 @@ class Sampler:
             generator: the source of randomness, on the policy's device.
             times: seconds are added to its `generate` and `reward`.
             sampling: None for that of the run.
+            evaluation: failures of reward functions are counted apart from those in training.
         """
         columns = {
             name: [value for value in values for _ in range(num_generations)]
@@ -129,6 +131,7 @@ class Sampler:
                 completion_ids=completion_ids,
                 columns=columns | extra,
                 trainer_state=self.state,
+                evaluation=evaluation,
             )
         self._problems += scores.problems
         self._logged.append((scores.metrics, len(drawn)))
@@ -160,7 +163,7 @@ class Sampler:
         weights: dict[str, int] = {}
         for metrics, count in logged:
             for name, value in metrics.items():
-                if name.endswith(("/exceptions", "/timeouts")):
+                if name.startswith("rewards/"):
                     sums[name], weights[name] = value, 1
                 else:
                     sums[name] = sums.get(name, 0.0) + value * count

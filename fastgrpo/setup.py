@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import set_seed
 from transformers.utils.import_utils import is_kernels_available
 
 from .activations import enable_gradient_checkpointing
@@ -20,8 +21,25 @@ from .rewards import Judges
 from .rollout import Rollout
 from .rollout.static import StaticCacheRollout
 from .rollout_fn import RolloutFunction, load_rollout_fn, taken_columns
+from .run_directory import check_free
 from .samples import Sampler
 from .trackers import check_trackers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def prepare(config: TrainConfig) -> None:
+    """Set threads and the seed; refuse what would fail only after a large model is loaded.
+
+    Raises:
+        ValueError: a package is missing, or the run directory is occupied.
+    """
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    set_seed(config.seed)
+    check_installed(config)
+    check_free(config.output_dir)
 
 
 def check_installed(config: TrainConfig) -> None:
@@ -124,26 +142,34 @@ def build_rollout_fn(
 
 
 def check_datasets(config: TrainConfig, assets: Assets, sampler: Sampler) -> None:
-    """Refuse prompts that leave no room for completions, and columns that judges cannot take.
+    """Refuse datasets that do not go with the rest; see `check_dataset`.
 
     Raises:
         ValueError: says which, and what to do.
     """
     if assets.test_dataset is None and config.eval_strategy != "no":
         raise ConfigError("eval_strategy: needs prompts to measure; give a test_dataset")
-    limits = {"the model": sampler.policy.positions} | config.limits
     for dataset in (assets.train_dataset, assets.test_dataset):
         if dataset is not None:
-            if sampler.rollout_fn is None:
-                sampler.judges.check_columns(dataset.column_names)
-            else:  # it may add columns for them
-                taken_columns(sampler.rollout_fn, set(dataset.column_names) - {"prompt"})
-            check_prompts(
-                dataset,
-                sampler.encode,
-                max_completion_length=config.max_completion_length,
-                limits=limits,
-            )
+            check_dataset(config, dataset, sampler)
+
+
+def check_dataset(config: TrainConfig, dataset: Dataset, sampler: Sampler) -> None:
+    """Refuse prompts that leave no room for completions, and columns that cannot be taken.
+
+    Raises:
+        ValueError: says which, and what to do.
+    """
+    if sampler.rollout_fn is None:
+        sampler.judges.check_columns(dataset.column_names)
+    else:  # it may add columns for them
+        taken_columns(sampler.rollout_fn, set(dataset.column_names) - {"prompt"})
+    check_prompts(
+        dataset,
+        sampler.encode,
+        max_completion_length=config.max_completion_length,
+        limits={"the model": sampler.policy.positions} | config.limits,
+    )
 
 
 def build_rollout(config: TrainConfig, policy: Policy, say: Callable[[str], None]) -> Rollout:

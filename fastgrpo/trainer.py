@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from .adapters import base_trained
 from .assets import Assets, load_assets
@@ -39,16 +38,16 @@ from .metrics import StepMetrics, peak_memory_gib, sequence_means, timed
 from .optim import build_optimizer, clip_gradients
 from .ref_model import Reference
 from .rollout_fn import RolloutFunction
-from .run_directory import RunDirectory, check_free
+from .run_directory import RunDirectory
 from .samples import Sampler
 from .setup import (
     build_judges,
     build_rollout,
     build_rollout_fn,
     check_datasets,
-    check_installed,
     load_policy,
     notes,
+    prepare,
 )
 
 
@@ -78,19 +77,18 @@ class Trainer:
         Raises:
             ValueError: something does not exist or does not fit; the message says what to do.
         """
-        if config.cpu_threads is not None:
-            torch.set_num_threads(config.cpu_threads)
-        set_seed(config.seed)
+        prepare(config)
         self.config = config
-        check_installed(config)
-        check_free(config.output_dir)  # before the minutes that a large model takes to load
         console = console or Console(logging_steps=config.logging_steps)
         self.judges = build_judges(config, reward_funcs)
         with ExitStack() as undo:
             undo.callback(self.judges.close)
             self._build(config, assets or load_assets(config), rollout_fn, console)
-            objects = {"reward_funcs": reward_funcs and self.judges.names, "rollout_fn": rollout_fn}
-            self.run = RunDirectory(config, run_name, objects)
+            given = {
+                "reward_funcs": None if reward_funcs is None else self.judges.names,
+                "rollout_fn": getattr(rollout_fn, "__name__", None),
+            }
+            self.run = RunDirectory(config, run_name, given)
             undo.callback(self.run.discard)
             self.journal = Journal(config, self.run, console, self.judges.names)
             undo.pop_all()  # nothing has gone wrong

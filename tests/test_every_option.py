@@ -463,6 +463,7 @@ def test_a_failure_on_held_out_prompts_is_told_as_such(launch, tmp_path, word_pr
     assert sum("not these" in text for text in told) == 1
     (metrics,) = lines(trainer.run.path / "metrics.jsonl")
     assert metrics["rewards/held/mean"] > 0
+    assert "rewards/held/exceptions" not in metrics  # of training there were none
 
 
 @pytest.mark.parametrize("scale", ["batch", "normalize_then_sum"])

@@ -21,8 +21,8 @@ class RewardOptions:
     reward_weights: list[float] | None = None
     """Weight of each reward function; None: 1 each."""
     reward_timeout: float | None = 300.0
-    """Seconds a reward function may take over a batch, in a process of its own. None: it runs in
-    the training process, without a limit."""
+    """Seconds a reward function may take over a batch, in a process of its own; for `accuracy`,
+    those of math-verify. None: it runs in the training process, without a limit."""
     reward_errors: Literal["stop", "none"] = "stop"
     """What an exception or a timeout of a reward function does: it stops the run, or counts as
     None for the completions of that batch."""

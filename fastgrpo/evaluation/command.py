@@ -18,12 +18,16 @@ from transformers import set_seed
 
 from ..config import TrainConfig
 from ..console import Console
-from ..data import check_prompts
 from ..evaluate import Evaluator
 from ..rewards.contract import content
-from ..rollout_fn import taken_columns
 from ..samples import Sample, Sampler
-from ..setup import build_judges, build_rollout, build_rollout_fn, check_installed
+from ..setup import (
+    build_judges,
+    build_rollout,
+    build_rollout_fn,
+    check_dataset,
+    check_installed,
+)
 from .measures import Judge, Verdict, count_votes, measure
 from .results import Results, show, write, write_completions
 from .subject import Subject, count_seen, find_subject, load_split, load_subject
@@ -132,9 +136,10 @@ def evaluate(
         rollout = build_rollout(config, policy, console.message)
         sampler = Sampler(config, policy, rollout, judges, build_rollout_fn(config))
         sampler.state.global_step = subject.step
+        sampler.state.max_steps = max(config.max_steps, subject.step, 1)
         if options.temperature is not None:
             sampler.sampling = replace(sampler.sampling, temperature=options.temperature)
-        _check_dataset(config, dataset, sampler)
+        check_dataset(config, dataset, sampler)
         evaluator = Evaluator(config, sampler, dataset)
         with console:
             samples, verdicts = _sample(evaluator, num_samples, judge, console)
@@ -173,19 +178,6 @@ def evaluate(
         console.message(note)
     console.message(f"results: {path}")
     return path
-
-
-def _check_dataset(config: TrainConfig, dataset: Dataset, sampler: Sampler) -> None:
-    if sampler.rollout_fn is None:
-        sampler.judges.check_columns(dataset.column_names)
-    else:  # it may add columns for them
-        taken_columns(sampler.rollout_fn, set(dataset.column_names) - {"prompt"})
-    check_prompts(
-        dataset,
-        sampler.encode,
-        max_completion_length=config.max_completion_length,
-        limits={"the model": sampler.policy.positions} | config.limits,
-    )
 
 
 def _sample(

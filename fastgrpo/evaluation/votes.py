@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..rewards.answers import (
-    _bare,  # pyright: ignore[reportPrivateUsage]
-    _is_mathematics,  # pyright: ignore[reportPrivateUsage]
     answer_of,
+    bare,
+    is_mathematics,
     is_right,
 )
 
@@ -31,7 +31,7 @@ def group_answers(answers: Sequence[str]) -> list[int]:
     for i, answer in enumerate(answers):
         if answer not in first:
             first[answer] = i
-            if _is_mathematics(_bare(answer.rpartition("####")[2])):
+            if is_mathematics(bare(answer.rpartition("####")[2])):
                 first[answer] = next((j for j in formulas if _same(answers[j], answer)), i)
                 formulas += [i] if first[answer] == i else []
     return [first[answer] for answer in answers]

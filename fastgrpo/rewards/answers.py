@@ -40,13 +40,13 @@ _NOTATION = re.compile(r"[\d\\^=+*/<>]")
 
 def is_right(gold: str, completion: str) -> bool:
     """Say whether a completion's answer is the right one, by the rule of `rewards.accuracy`."""
-    gold, answer = _bare(gold.rpartition("####")[2]), answer_of(completion)
+    gold, answer = bare(gold.rpartition("####")[2]), answer_of(completion)
     if answer == gold:
         return gold != ""
     gold_number, number = _number(gold), _number(answer)
     if gold_number is not None and number is not None:
         return gold_number == number
-    if not _is_mathematics(gold):
+    if not is_mathematics(gold):
         return False
     # Undelimited, math-verify would take the last number of "1/2" or "70, 71, 72".
     return _checker.equal(_delimited(gold), _delimited(answer))
@@ -56,10 +56,10 @@ def answer_of(completion: str) -> str:
     """Return a completion's answer as it is compared: of its tag or its box, or all of it."""
     end = completion.rfind("</answer>")
     start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
-    return _bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
+    return bare(completion[start + len("<answer>") : end] if start >= 0 else completion)
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
     """Return what the last box holds, or all, without space, delimiters and text command."""
     text = _last_box(text)[-ANSWER_CHARACTERS:].strip()
     while match := _WRAPPED.fullmatch(text):
@@ -89,10 +89,11 @@ def _number(text: str) -> Decimal | None:
 
 
 def _delimited(text: str) -> str:
-    return f"${text.replace('**', '^')}$" if _is_mathematics(text) else text
+    return f"${text.replace('**', '^')}$" if is_mathematics(text) else text
 
 
-def _is_mathematics(text: str) -> bool:
+def is_mathematics(text: str) -> bool:
+    """Say whether a text is a formula, not words."""
     return bool(_NOTATION.search(text)) and not _WORD.search(_LATEX.sub(" ", text))
 
 
