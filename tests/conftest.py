@@ -70,3 +70,28 @@ def start(tmp_path, word_problems):
         return Trainer(run_config(tmp_path, word_problems, model, **values))
 
     return make
+
+
+@pytest.fixture
+def launch(start, tmp_path):
+    """Make a trainer with judges of small_runs.JUDGES, by their names."""
+    from small_runs import JUDGES
+
+    (tmp_path / "judges.py").write_text(JUDGES)
+
+    def make(*judges, name="run", **values):
+        names = [f"{tmp_path}/judges.py:{judge}" for judge in judges]
+        return start(name, **{"reward_funcs": names, **values})
+
+    return make
+
+
+@pytest.fixture
+def two_splits(tmp_path, word_problems):
+    """Write the problems as a folder of 24 to train on and 8 that are held out."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    text = word_problems.read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(text[:24]))
+    (folder / "test.jsonl").write_text("".join(text[24:]))
+    return str(folder)

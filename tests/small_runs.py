@@ -82,3 +82,35 @@ def rows_seen(trainer):
 # SGD would show differences as they are; AdamW turns rounding of tiny gradients into whole steps,
 # so these runs have an epsilon above rounding.
 STEADY = {"adam_epsilon": 1e-3, "learning_rate": 1e-2}
+
+
+JUDGES = """
+import asyncio
+
+def first(completions, log_metric=None, log_extra=None, trainer_state=None, **columns):
+    log_metric("letters", sum(map(len, completions)) / len(completions))
+    log_extra("length", [len(text) for text in completions])
+    log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
+    return [float("e" in text) for text in completions]
+
+async def second(completions, **columns):
+    await asyncio.sleep(0)
+    return [len(text) / 12 for text in completions]
+
+def steps(completion_ids, **columns):
+    # The first half of a completion is a step, and the rest another.
+    return [
+        [(len(ids) // 2 - 1, float(ids[0] % 3)), (len(ids) - 1, 1.0)] if len(ids) > 1 else []
+        for ids in completion_ids
+    ]
+
+def fails(completions, trainer_state, **columns):
+    if trainer_state.global_step == 1:
+        raise RuntimeError("no rewards today")
+    return [1.0] * len(completions)
+
+def sleeps(completions, trainer_state, **columns):
+    import time
+    time.sleep(60 if trainer_state.global_step == 1 else 0)
+    return [1.0] * len(completions)
+"""
