@@ -73,13 +73,13 @@ class Journal:
         self.console.step(metrics)
         for tracker in self.trackers:
             tracker.log(metrics, step)
-        for warning in self.health.warnings(metrics, fresh=fresh):
-            self.warn(step, warning)
+        self.warn(step, *self.health.warnings(metrics, fresh=fresh))
 
-    def warn(self, step: int, text: str) -> None:
-        """Say that something is wrong, and keep it."""
-        self.run.add_warning(step, text)
-        self.console.warning(text)
+    def warn(self, step: int, *texts: str) -> None:
+        """Say what is wrong, and keep it."""
+        for text in texts:
+            self.run.add_warning(step, text)
+            self.console.warning(text)
 
     def finish(
         self, before: Mapping[str, float], after: Mapping[str, float], **facts: Any

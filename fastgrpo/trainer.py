@@ -275,8 +275,7 @@ class Trainer:
     ) -> None:
         """Write a step's line to metrics.jsonl and show it."""
         seconds = sum(times.values())
-        for problem in self.sampler.take_problems():
-            self.journal.warn(step, problem)
+        self.journal.warn(step, *self.sampler.take_problems())
         metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
         metrics |= {f"time/{name}": value for name, value in times.items()}
         metrics["tokens_per_second"] = batch.num_completion_tokens / seconds
@@ -288,7 +287,9 @@ class Trainer:
         if self.test is None:
             return {}
         self.journal.console.phase(f"test {when} training", None)
-        return {"greedy": self.test.accuracy(temperature=0.0), "sampled": self.test.accuracy()}
+        found = {"greedy": self.test.accuracy(temperature=0.0), "sampled": self.test.accuracy()}
+        self.journal.warn(self.sampler.state.global_step, *self.sampler.take_problems())
+        return found
 
     def save(self, path: Path) -> None:
         """Write a Hugging Face checkpoint."""
