@@ -179,6 +179,9 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _complain("interrupted", place)
         return 130
+    except Exception:
+        print(place, file=sys.stderr)  # before the traceback of what is nobody's input
+        raise
     return 0
 
 

@@ -202,3 +202,13 @@ def test_the_module_is_the_command():
     )
     assert done.returncode == 0
     assert "key=value" in done.stdout
+
+
+def test_an_error_of_the_users_own_code_says_where_the_run_is(
+    tmp_path, monkeypatch, config_file, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def roll(prompts, engine):\n    raise KeyError('mine')\n")
+    with pytest.raises(KeyError, match="mine"):
+        main(["train", str(config_file), "rollout_fn=mine.py:roll"])
+    assert "run directory: runs/tiny-" in capsys.readouterr().err
