@@ -37,8 +37,11 @@ class RunDirectory:
             ValueError: the directory holds something: a run is never overwritten.
         """
         self.path = _create(config.output_dir, name)
-        self._write("config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
         given = {key: value for key, value in (objects or {}).items() if value is not None}
+        values = config.flat()
+        if "reward_funcs" in given:  # a run from this file alone must not judge by others
+            values["reward_funcs"] = [f"<object {name}>" for name in given["reward_funcs"]]
+        self._write("config.yaml", yaml.safe_dump(values, sort_keys=False))
         if given:
             self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -107,12 +107,14 @@ def disable_dropout(model: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def build_judges(config: TrainConfig, reward_funcs: Sequence[Any] | None = None) -> Judges:
+def build_judges(config: TrainConfig, reward_funcs: Any = None) -> Judges:
     """Make the judges of a run, from objects in place of the configuration's names if there are.
 
     Raises:
         ValueError: a reward function cannot be found, or does not fit; says which.
     """
+    if callable(reward_funcs):
+        reward_funcs = [reward_funcs]
     if reward_funcs is not None and not reward_funcs:
         raise ConfigError("reward_funcs: at least one is required, for example [accuracy]")
     return Judges(

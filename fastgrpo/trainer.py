@@ -9,7 +9,7 @@ P prompts, G completions a prompt, B = P * G completions, K reward functions.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Trainer:
         config: TrainConfig,
         assets: Assets | None = None,
         *,
-        reward_funcs: Sequence[Any] | None = None,
+        reward_funcs: Sequence[Any] | Callable[..., Any] | None = None,
         rollout_fn: RolloutFunction | None = None,
         run_name: str = "train",
         console: Console | None = None,

@@ -11,7 +11,7 @@ import yaml
 from small_models import save_small_model, small_tokenizer
 from small_runs import lines, run_config, weights_of
 
-from fastgrpo.config import ConfigError, TrainConfig, config_from, is_due
+from fastgrpo.config import ConfigError, TrainConfig, config_from, is_due, load_config
 from fastgrpo.trainer import Trainer
 
 
@@ -212,6 +212,12 @@ def test_what_was_given_as_objects_is_on_record(tmp_path, word_problems):
     assert summary["judge"] == "letters"
     found = json.loads((trainer.run.path / "objects.json").read_text())
     assert found == {"reward_funcs": ["letters"]}
+    recorded = yaml.safe_load((trainer.run.path / "config.yaml").read_text())
+    assert recorded["reward_funcs"] == ["<object letters>"]
+    with pytest.raises(ValueError, match="<object letters>"):
+        Trainer(load_config(trainer.run.path / "config.yaml", [f"output_dir={tmp_path / 'again'}"]))
+    one = run_config(tmp_path, word_problems, model, output_dir=str(tmp_path / "one"))
+    assert Trainer(one, reward_funcs=letters).judges.names == ["letters"]
 
 
 def test_nothing_is_left_of_a_trainer_that_cannot_be_made(launch, tmp_path, monkeypatch):
