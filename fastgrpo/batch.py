@@ -146,10 +146,11 @@ def make_batch(
         advantages = advantages.cpu().repeat_interleave(completion_lengths)
     else:
         advantages = torch.cat(list(advantages)).cpu()
-    for i, tokens in enumerate(counted or ()):
-        if tokens is not None:
-            end = int(completion_lengths[: i + 1].sum())
-            mask_N[where[end - len(tokens) : end]] = torch.tensor(tokens, dtype=torch.bool)
+    if counted is not None:
+        each = zip(counted, completion_ids, strict=True)
+        whole = [[True] * len(ids) if tokens is None else tokens for tokens, ids in each]
+        flat = [token for tokens in whole for token in tokens]
+        mask_N[where] = torch.tensor(flat, dtype=torch.bool)
     advantages_N = torch.zeros(len(mask_N)).index_copy(0, where, advantages.float())
     there = where.to(device, non_blocking=True)
     logps_N = torch.zeros(len(mask_N), device=device)

@@ -245,3 +245,10 @@ def test_the_head_is_tied_or_not_and_its_gradient_is_that_of_the_logits(sampled)
         (total / batch.num_completion_tokens).backward()
         for name, parameter in policy.model.named_parameters():
             torch.testing.assert_close(ours[name], parameter.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_completions_without_tokens_make_a_batch_in_which_nothing_counts():
+    empty = torch.zeros(0)
+    batch = make_batch([[1, 2], [3]], [[], []], [empty, empty], [empty, empty], [None, []])
+    assert batch.mask.tolist() == [False] * 3
+    assert batch.num_completion_tokens == 0
