@@ -170,9 +170,18 @@ class Console:
             table.add_row(*map(self._text, row))
         self._console.print(table)
 
-    def accuracies(self, title: str, found: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Print what was reached: by way of decoding, the reward `before` and `after` training."""
-        self.table(title, ["decoding", "before", "after", "change"], list(changes(found)))
+    def accuracies(
+        self, title: str, found: Mapping[str, Mapping[str, float | None]], *, share: bool
+    ) -> None:
+        """Print what was reached: by way of decoding, the reward `before` and `after` training.
+
+        Args:
+            title: above it.
+            found: the rewards.
+            share: they are means of nothing but 0 and 1, and shown as percents.
+        """
+        rows = list(changes(found, share=share))
+        self.table(title, ["decoding", "before", "after", "change"], rows)
 
     def _text(self, text: str, style: str = "") -> Text:
         """Return what the console can show, in which brackets are no markup."""

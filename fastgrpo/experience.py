@@ -61,7 +61,7 @@ class Collector:
         self.sampler.rollout.sleep()
         with timed(times, "reward"):
             advantages = self._compare(samples)
-        silent = advantages.zero_std.float().mean().item()
+        silent = int(advantages.zero_std.sum())
         rewards_BK = torch.stack([one.rewards_K for one in everything])
         metrics = self.sampler.take_logged()
         metrics |= reward_metrics(judges.names, judges.weights, rewards_BK)
@@ -70,16 +70,13 @@ class Collector:
             [one.num_counted for one in everything],
             [one.drawn.finished for one in everything],
         )
-        metrics["frac_reward_zero_std"] = silent
+        num_prompts, kept = len(everything) // size, len(samples) // size
+        # Groups that were left out have no signal, and all that have none may be among these.
+        metrics["frac_reward_zero_std"] = (silent + num_prompts - kept) / num_prompts
         if config.dynamic_sampling:
-            # Groups that were left out have no signal, and all that have none may be among these.
-            num_silent = (
-                round(silent * len(samples) / size) + (len(everything) - len(samples)) // size
-            )
-            metrics["frac_reward_zero_std"] = num_silent * size / len(everything)
             metrics["dynamic_sampling/rounds"] = rounds
-            metrics["dynamic_sampling/num_prompts"] = len(everything) // size
-            metrics["dynamic_sampling/frac_without_signal"] = silent
+            metrics["dynamic_sampling/num_prompts"] = num_prompts
+            metrics["dynamic_sampling/frac_without_signal"] = silent / kept
         of_each = _of_each(samples, advantages)
         trained = {id(one): advantage for one, advantage in zip(samples, of_each, strict=True)}
         return Experience(

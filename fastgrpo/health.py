@@ -281,15 +281,16 @@ def truncated(run: History) -> Iterator[Finding]:
 
 def failing(run: History) -> Iterator[Finding]:
     """A reward function fails in a tenth of generations or more (verl#5635, #5839)."""
+    remedies = {"exceptions": "Mend it", "timeouts": "Make it faster, raise reward_timeout"}
     for name in run.judges():
-        for what in ("exceptions", "timeouts"):
+        for what, remedy in remedies.items():
             count = run.now(f"rewards/{name}/{what}")
             if count >= max(3, 0.1 * run.num_generations):
                 yield (
                     f"{name} {what}",
                     f"{name} had {count:.0f} {what} in {run.num_generations} batches, whose "
-                    "completions it did not judge: what is learned is what the others say. Mend "
-                    "it, raise reward_timeout, or stop at the first with reward_errors: stop",
+                    f"completions it did not judge: what is learned is what the others say. "
+                    f"{remedy}, or stop at the first with reward_errors: stop",
                 )
 
 

@@ -15,7 +15,7 @@ from .trackers import build_trackers
 
 
 class Journal:
-    """Everything that is written of a run; used in a `with` block."""
+    """Everything that is written of a run; used in a `with` block around that of its console."""
 
     def __init__(
         self, config: TrainConfig, run: RunDirectory, console: Console, reward_names: Sequence[str]
@@ -26,7 +26,6 @@ class Journal:
         self.trackers = build_trackers(config, run.path, console.warning)
 
     def __enter__(self) -> Journal:
-        self.console.__enter__()
         return self
 
     def __exit__(
@@ -35,9 +34,10 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.console.__exit__(kind, error, traceback)
         for tracker in self.trackers:
             tracker.close(failed=error is not None)
+        if error is not None and self.run.is_bare:
+            self.run.discard()  # else it would be in the way of the next start
 
     def generation(self, step: int, found: Experience, *, logged: bool) -> None:
         """Write what was sampled.
@@ -95,7 +95,8 @@ class Journal:
         summary: dict[str, Any] = {**facts, "judge": judge}
         if before:
             summary["test"] = {how: {"before": before[how], "after": after[how]} for how in before}
-            self.console.accuracies(f"{judge} on held-out prompts", summary["test"])
+            title = f"{judge} on held-out prompts"
+            self.console.accuracies(title, summary["test"], share=not self.run.graded)
         summary = self.run.finish(f"rewards/{judge}/mean", **summary)
         self.console.message(f"run directory: {self.run.path}")
         return summary

@@ -251,7 +251,7 @@ def _evaluation(state: State) -> Text:
     for name, value in matching(metrics, EVALUATED):
         line.append(f"  {short_name(name)} {number(value)}", "not bold")
         was = before.get(name)
-        if value is not None and was is not None:
+        if value is not None and was is not None and math.isfinite(value - was):
             line.append(f" ({value - was:+.2g})", "not bold dim")
     return line
 

@@ -149,9 +149,12 @@ def advantage_metrics(advantages: Tensor) -> dict[str, float]:
 
 
 def _mean_and_std(values_B: Tensor) -> tuple[float, float]:
-    """Return mean and sample standard deviation of what is no NaN; NaN and 0 if that is nothing."""
+    """Return mean and sample standard deviation of what is no NaN; NaN where there is none.
+
+    The mean of nothing is NaN, and so is the deviation of fewer than two, as in TRL.
+    """
     known = values_B[~values_B.isnan()]
-    return known.mean().item(), known.std().item() if len(known) > 1 else 0.0
+    return known.mean().item(), known.std().item() if len(known) > 1 else math.nan
 
 
 @contextmanager

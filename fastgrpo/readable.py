@@ -67,14 +67,14 @@ def number(value: float | None) -> str:
 
 
 def changes(
-    found: Mapping[str, Mapping[str, float | None]],
+    found: Mapping[str, Mapping[str, float | None]], *, share: bool
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, `before`, `after` and their difference, as text; "-" where there is none.
 
-    They are percents if all are between 0 and 1.
+    Args:
+        found: by name.
+        share: they are means of nothing but 0 and 1, and shown as percents.
     """
-    values = [pair.get(when) for pair in found.values() for when in ("before", "after")]
-    share = all(v is None or math.isnan(v) or 0 <= v <= 1 for v in values)
 
     def text(value: float, form: str) -> str:
         return "-" if math.isnan(value) else format(value, form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -17,6 +18,7 @@ from .config import TrainConfig
 from .experience import Experience
 from .json_lines import append_lines, plain, read_lines
 from .report import save_curves
+from .rewards.names import as_object
 
 
 class RunDirectory:
@@ -37,10 +39,13 @@ class RunDirectory:
             ValueError: the directory holds something: a run is never overwritten.
         """
         self.path = _create(config.output_dir, name)
+        self.graded = False
+        """The first reward function gave something else than 0 and 1."""
         given = {key: value for key, value in (objects or {}).items() if value is not None}
         values = config.flat()
-        if "reward_funcs" in given:  # a run from this file alone must not judge by others
-            values["reward_funcs"] = [f"<object {name}>" for name in given["reward_funcs"]]
+        for key, names in given.items():  # a run from this file alone must not do without them
+            one = isinstance(names, str)
+            values[key] = as_object(names) if one else [as_object(name) for name in names]
         self._write("config.yaml", yaml.safe_dump(values, sort_keys=False))
         if given:
             self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
@@ -76,6 +81,7 @@ class RunDirectory:
         """Append the rewards of all completions of a generation to rewards.jsonl."""
         columns = torch.stack([sample.rewards_K for sample in found.samples]).T.tolist()
         rewards = dict(zip(reward_names, columns, strict=True))
+        self.graded |= any(value not in (0, 1) for value in columns[0] if not math.isnan(value))
         advantages = [advantage.mean() for advantage in found.advantages]
         line = {"step": step, "rewards": rewards, "advantages": advantages}
         append_lines(self.path / "rewards.jsonl", [line])
@@ -95,6 +101,11 @@ class RunDirectory:
             old = (folder / f"step-{step}").rename(folder / f".step-{step}.old")
             shutil.rmtree(old)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing has been written but what the run was given."""
+        return {path.name for path in self.path.iterdir()} <= {"config.yaml", "objects.json"}
+
     def discard(self) -> None:
         """Delete the directory of a run that could not begin."""
         shutil.rmtree(self.path)
@@ -103,7 +114,11 @@ class RunDirectory:
         """Write curves.png and summary.json; return what the summary holds."""
         metrics = read_lines(self.path / "metrics.jsonl")
         save_curves(
-            metrics, self.path / "curves.png", title=self.path.name, accuracy_key=accuracy_key
+            metrics,
+            self.path / "curves.png",
+            title=self.path.name,
+            accuracy_key=accuracy_key,
+            share=not self.graded,
         )
         summary |= {"final_metrics": metrics[-1], "versions": versions()}
         summary = plain(summary)

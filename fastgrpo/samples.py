@@ -42,15 +42,22 @@ class Sample:
         return len(self.drawn.completion_ids) if counted is None else sum(counted)
 
     def line(self, reward_names: Sequence[str]) -> dict[str, Any]:
-        """Return what is logged of it; what is no number is None."""
+        """Return what is logged of it; what is no number is None.
+
+        `num_tokens` are those that the policy has written, as lengths in metrics.jsonl;
+        `num_tool_tokens`, if there is a mask of them, the others of the completion.
+        """
         rewards = [None if math.isnan(reward) else reward for reward in self.rewards_K.tolist()]
-        return {
+        line = {
             "prompt": self.prompt,
             "completion": self.text,
             "rewards": dict(zip(reward_names, rewards, strict=True)),
-            "num_tokens": len(self.drawn.completion_ids),
+            "num_tokens": self.num_counted,
             "finished": self.drawn.finished,
-        } | ({"extra": self.extra} if self.extra else {})
+        }
+        if self.drawn.counted is not None:
+            line["num_tool_tokens"] = len(self.drawn.completion_ids) - self.num_counted
+        return line | ({"extra": self.extra} if self.extra else {})
 
     def steps_of(self, k: int) -> list[tuple[int, float]]:
         """Return the steps that reward function k judged; an outcome is one, at the last token."""

@@ -124,7 +124,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run all steps and return what `summary.json` holds."""
         config, journal, start = self.config, self.journal, time.perf_counter()
-        with closing(self.judges), journal:
+        with closing(self.judges), journal, journal.console:
             for note in notes(config, self.policy):
                 journal.console.message(note)
             self.warm_start()
@@ -142,8 +142,7 @@ class Trainer:
                     if step == self.num_steps:
                         break
                     step += 1
-                    found = self.optimise(batch, times)
-                    self.finish_step(step, batch, metrics | found, times)
+                    self.finish_step(step, batch, metrics | self.optimise(batch, times), times)
                     times = {}
             self.save(self.run.path / "final")
             after = self.test_accuracy("after")
@@ -158,11 +157,15 @@ class Trainer:
         self.sampler.state.global_step = step
         if self.reference is not None:
             self.reference.sync(step)
-        every = config.eval_steps or config.logging_steps
-        if self.test is not None and is_due(config.eval_strategy, every, step, self.epoch):
+        every, last = config.eval_steps or config.logging_steps, step == self.num_steps
+        measures = is_due(config.eval_strategy, every, step, self.epoch)
+        measures |= last and config.eval_strategy != "no"  # as in transformers, where the last
+        saves = is_due(config.save_strategy, config.save_steps, step, self.epoch)
+        saves |= last and config.save_strategy == "epoch"  # step ends an epoch too
+        if self.test is not None and measures:
             metrics = metrics | self.test.metrics()
         self.log(step, batch, metrics, times)
-        if is_due(config.save_strategy, config.save_steps, step, self.epoch):
+        if saves:
             self.save(self.run.path / "checkpoints" / f"step-{step}")
             self.run.remove_old_checkpoints(config.save_total_limit)
 

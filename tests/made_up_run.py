@@ -72,6 +72,9 @@ def step_line(s):
         "time/train": 0.5,
         "tokens_per_second": 500.0,
         "memory/peak_gib": 1.5,
+        "rewards/format/timeouts": s // 4,
+        "advantages/std": 1 / s,
+        "my_rewards/share of <i>hints</i>": s % 3,
     }
     return line | ({"eval_reward": s / 100} if s % 10 == 0 else {})
 
@@ -86,7 +89,7 @@ def completion(s, i):
         "num_tokens": 10 + i,
         "finished": i != 1,
         "extra": {"difficulty": "hard"},
-    }
+    } | ({"num_tool_tokens": 5} if i == 2 else {})
 
 
 def chart_of(charts, title):

@@ -169,9 +169,11 @@ def test_a_text_that_the_log_has_no_characters_for_is_written() -> None:
     assert file.buffer.getvalue() == "é? ?\n".encode("latin-1")
 
 
-def table_of(found: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
+def table_of(
+    found: Mapping[str, Mapping[str, float | None]], share: bool = True
+) -> list[list[str]]:
     console, file = plain(width=80)
-    console.accuracies("judge on 8 held-out prompts", found)
+    console.accuracies("judge on 8 held-out prompts", found, share=share)
     lines = [line.split("│")[1:-1] for line in file.getvalue().splitlines() if "│" in line]
     return [[cell.strip() for cell in row] for row in lines]
 
@@ -182,10 +184,10 @@ def test_accuracies_are_percents_and_other_rewards_are_not() -> None:
         ["greedy", "50.0%", "84.4%", "+34.4 points"],
         ["sampled", "25.0%", "0.0%", "-25.0 points"],
     ]
-    rewards = {"greedy": {"before": -1.2, "after": 2.31}, "sampled": {"before": 0.5, "after": 1.0}}
-    assert table_of(rewards) == [
+    rewards = {"greedy": {"before": -1.2, "after": 2.31}, "sampled": {"before": 0.37, "after": 1.0}}
+    assert table_of(rewards, share=False) == [
         ["greedy", "-1.2", "2.31", "+3.51"],
-        ["sampled", "0.5", "1", "+0.5"],  # one unit in a table
+        ["sampled", "0.37", "1", "+0.63"],
     ]
     assert table_of({"greedy": {"before": math.nan, "after": 0.5}}) == [
         ["greedy", "-", "50.0%", "-"]

@@ -1,5 +1,6 @@
 """What is sampled: groups with signal, log-probs of the time, samplers that are not the policy."""
 
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -8,6 +9,8 @@ from small_models import small_model
 from small_runs import assert_same_weights, lines, rows_seen, weights_of
 
 from fastgrpo.experience import Collector
+from fastgrpo.rollout import Drawn
+from fastgrpo.samples import Sample
 
 
 def test_groups_without_signal_make_place_for_further_prompts(start):
@@ -45,6 +48,28 @@ def test_resampling_gives_up_after_its_rounds_and_says_so(start):
     assert metrics["num_computed_sequences"] == 0
     assert metrics["loss"] == 0
     assert_same_weights(weights_of(trainer), before, atol=0)
+
+
+def test_tokens_of_a_tool_are_counted_apart():
+    drawn = Drawn(
+        prompt_ids=[1, 2],
+        completion_ids=[3, 4, 5, 6],
+        logps=torch.zeros(4),
+        finished=True,
+        counted=[True, False, False, True],
+    )
+    one = Sample(prompt="p", text="t", drawn=drawn, rewards_K=torch.tensor([0.5, torch.nan]))
+    assert one.line(["a", "b"]) == {
+        "prompt": "p",
+        "completion": "t",
+        "rewards": {"a": 0.5, "b": None},
+        "num_tokens": 2,  # as lengths in metrics.jsonl, which are TRL's
+        "num_tool_tokens": 2,
+        "finished": True,
+    }
+    plain = replace(one, drawn=replace(drawn, counted=None)).line(["a", "b"])
+    assert plain["num_tokens"] == 4
+    assert "num_tool_tokens" not in plain
 
 
 def test_old_log_probs_cost_a_forward_pass_only_where_no_step_has_them(start):
@@ -118,8 +143,6 @@ class Elsewhere:
         self.update_weights, self.sleep = rollout.update_weights, rollout.sleep
 
     def generate(self, *args):
-        from dataclasses import replace
-
         found = self.rollout.generate(*args)
         logps = found.logps + self.shift * torch.arange(len(found.logps))[:, None] * found.mask
         return replace(found, logps=logps)

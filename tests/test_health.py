@@ -295,7 +295,9 @@ def test_completions_that_are_all_cut_off():
 @pytest.mark.parametrize("what", ["exceptions", "timeouts"])
 def test_reward_functions_that_keep_failing(what):
     name = f"rewards__tidy__{what}"
-    only(said(steps(30, **{name: lambda i: i // 2})), 6, f"tidy had 3 {what} in 6 batches")
+    found = said(steps(30, **{name: lambda i: i // 2}))
+    only(found, 6, f"tidy had 3 {what} in 6 batches")
+    assert ("reward_timeout" in found[0][1]) == (what == "timeouts")
     assert said(steps(60, **{name: lambda i: 1 + i // 20})) == []  # rare: each kind was told of
 
 

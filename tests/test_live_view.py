@@ -102,6 +102,13 @@ def test_what_matters_is_there_from_60_columns_and_20_rows_on() -> None:
             assert part in text, (width, height, part)
 
 
+def test_where_an_evaluation_judged_nothing_there_is_no_change() -> None:
+    for values in ((math.nan, 0.5), (0.5, math.nan), (None, 0.5)):
+        given = state(evaluations=tuple((10 * i, {"reward": x}) for i, x in enumerate(values, 1)))
+        (line,) = [line for line in shown(given) if line.startswith("evaluation at step 20")]
+        assert line.endswith(("reward 0.5", "reward -"))
+
+
 def test_the_pace_is_that_of_the_last_steps() -> None:
     slow_start = state(started=0.0, step=200, total=300, ends=(1000.0, 1002.0, 1004.0))
     assert "0:03:20 left" in shown(slow_start, now=1004.0)[0]

@@ -5,11 +5,7 @@ import math
 import pytest
 import torch
 
-from fastgrpo.metrics import (
-    StepMetrics,
-    peak_memory_gib,
-    sequence_means,
-)
+from fastgrpo.metrics import StepMetrics, peak_memory_gib, reward_metrics, sequence_means
 from fastgrpo_kernels import GRPOLossConfig
 
 
@@ -114,3 +110,19 @@ def test_memory_is_the_peak_of_the_gpu() -> None:
     held = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     del held
     assert peak_memory_gib(torch.device("cuda")) >= 0.25
+
+
+def test_of_rewards_that_are_not_there_nothing_is_known() -> None:
+    rewards_BK = torch.tensor([[1.0, math.nan, 0.5], [0.0, math.nan, math.nan]])
+    found = reward_metrics(["both", "none", "one"], [1.0, 1.0, 2.0], rewards_BK)
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert found == {
+        "reward": 1.0,  # 1 + 2 x 0.5, and 0
+        "reward_std": pytest.approx(math.sqrt(2)),
+        "rewards/both/mean": 0.5,
+        "rewards/both/std": pytest.approx(math.sqrt(0.5)),
+        "rewards/none/mean": nan,
+        "rewards/none/std": nan,
+        "rewards/one/mean": 0.5,
+        "rewards/one/std": nan,  # of one, as in TRL
+    }

@@ -37,7 +37,7 @@ def curve(axes, i: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_every_panel_draws_its_metric_over_the_steps() -> None:
     metrics = lines(kl=0.25)
-    figure = curves_figure(metrics, title="a run", accuracy_key=KEY)
+    figure = curves_figure(metrics, title="a run", accuracy_key=KEY, share=True)
     for title, key in (
         ("Reward", "reward"),
         ("Accuracy", KEY),
@@ -56,7 +56,7 @@ def test_every_panel_draws_its_metric_over_the_steps() -> None:
 
 
 def test_the_dark_line_is_the_running_mean() -> None:
-    figure = curves_figure(lines(48), title="", accuracy_key=KEY)
+    figure = curves_figure(lines(48), title="", accuracy_key=KEY, share=True)
     _, smooth = curve(panel(figure, "Entropy"), 1)
     # 48 steps: two on either side.
     assert smooth[20] == pytest.approx(np.mean([1 / step for step in range(19, 24)]))
@@ -68,7 +68,7 @@ def test_the_dark_line_is_the_running_mean() -> None:
 def test_missing_values_are_gaps_and_spoil_no_mean() -> None:
     metrics = lines(48)
     metrics[20]["entropy"] = None
-    figure = curves_figure(metrics, title="", accuracy_key=KEY)
+    figure = curves_figure(metrics, title="", accuracy_key=KEY, share=True)
     _, raw = curve(panel(figure, "Entropy"), 0)
     _, smooth = curve(panel(figure, "Entropy"), 1)
     assert np.flatnonzero(np.isnan(raw)).tolist() == [20]
@@ -76,7 +76,7 @@ def test_missing_values_are_gaps_and_spoil_no_mean() -> None:
 
 
 def test_axes_include_zero_and_an_accuracy_has_its_whole_range() -> None:
-    figure = curves_figure(lines(reward=-0.5), title="", accuracy_key=KEY)
+    figure = curves_figure(lines(reward=-0.5), title="", accuracy_key=KEY, share=True)
     assert panel(figure, "Accuracy").get_ylim() == (0, 1.02)
     assert panel(figure, "Completion length").get_ylim() == pytest.approx((0, 4.32))
     low, high = panel(figure, "Reward").get_ylim()
@@ -84,14 +84,18 @@ def test_axes_include_zero_and_an_accuracy_has_its_whole_range() -> None:
     assert high >= 0
 
 
-def test_a_score_beyond_one_is_not_cut() -> None:
-    metrics = [line | {KEY: 3.0} for line in lines()]
-    figure = curves_figure(metrics, title="", accuracy_key=KEY)
-    assert panel(figure, "Accuracy").get_ylim()[1] > 3
+def test_a_graded_reward_is_no_accuracy_and_not_cut() -> None:
+    for most in (3.0, 0.37):
+        metrics = [line | {KEY: most} for line in lines()]
+        figure = curves_figure(metrics, title="", accuracy_key=KEY, share=False)
+        axes = panel(figure, "First reward")
+        assert axes.get_ylim() == pytest.approx((0, 1.08 * most))
+        assert axes.get_ylabel() == "mean reward"
+        assert "%" not in axes.yaxis.get_major_formatter()(most)
 
 
 def test_panels_without_data_say_so() -> None:
-    figure = curves_figure(lines(kl=None), title="", accuracy_key="rewards/other/mean")
+    figure = curves_figure(lines(kl=None), title="", accuracy_key="rewards/other/mean", share=True)
     for title, text in (("KL", "not computed (beta = 0)"), ("Accuracy", "not recorded")):
         axes = panel(figure, title)
         assert [t.get_text() for t in axes.texts] == [text]
@@ -101,7 +105,7 @@ def test_panels_without_data_say_so() -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 300])
 def test_the_picture_has_its_size_whatever_the_number_of_steps(tmp_path: Path, n: int) -> None:
     path = tmp_path / "curves.png"
-    save_curves(lines(n), path, title=r"$\run$ {[", accuracy_key=KEY)
+    save_curves(lines(n), path, title=r"$\run$ {[", accuracy_key=KEY, share=True)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", data[16:24]) == (1440, 840)

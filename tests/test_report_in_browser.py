@@ -127,7 +127,7 @@ def test_completions_are_chosen_sorted_and_shown_as_text(browser, tmp_path):
     assert cards(browser) == [
         "step 20advantage -0.510 tokensfinished",
         "step 20advantage +0.511 tokenstruncated",
-        "step 20advantage +0.75 (sum of 3 per-token advantages)12 tokensfinished",
+        "step 20advantage +0.25 (mean of 3 tokens)12 tokens5 of toolsfinished",
     ]
     texts = browser.value("[...document.querySelectorAll('.card pre')].map(p => p.textContent)")
     assert texts[:3] == ["question 20", HOSTILE, "hard"]
@@ -137,7 +137,7 @@ def test_completions_are_chosen_sorted_and_shown_as_text(browser, tmp_path):
     )
     choose(browser, "sort", "1")  # by advantage
     order = [re.search(r"advantage (\S+?) ?(?:\(|1)", text)[1] for text in cards(browser)]
-    assert order == ["+0.75", "+0.5", "-0.5"]
+    assert order == ["+0.5", "+0.25", "-0.5"]
     choose(browser, "show", "truncated")
     assert len(cards(browser)) == 1
     choose(browser, "step", "")

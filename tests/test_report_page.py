@@ -16,8 +16,8 @@ from fastgrpo.report import write_report
 from fastgrpo.report.chart import Chart, Series, draw
 from fastgrpo.report.completions import MOST_BYTES, MOST_CHARACTERS, browsable
 from fastgrpo.report.files import read_run
-from fastgrpo.report.page import headline
-from fastgrpo.report.panels import curves, evaluations
+from fastgrpo.report.page import about, headline
+from fastgrpo.report.panels import curves, evaluations, others
 from fastgrpo.report.totals import histograms, timings
 
 
@@ -37,6 +37,48 @@ def test_curves_hold_every_step_and_name_what_is_absent(tmp_path):
     length = chart_of(charts, "Completion length").series[0]
     assert (length.low[4], length.high[4]) == (3, 205)
     assert {"KL to the reference", "Gradient norm"} <= set(absent)
+
+
+def test_every_metric_has_a_chart(tmp_path):
+    run = read_run(made_up(tmp_path / "run"))
+    charts, _ = curves(run)
+    failures = chart_of(charts, "Failures of reward functions")
+    assert [s.name for s in failures.series] == ["rewards/format/timeouts"]
+    assert failures.series[0].values == [s // 4 for s in range(1, 41)]
+    logged, own = others(run)
+    assert [c.title for c in logged] == ["my_rewards/share of <i>hints</i>"]
+    assert logged[0].series[0].values == [s % 3 for s in range(1, 41)]
+    assert [c.title for c in own] == ["num_tokens", "step_time", "advantages/std"]
+    time_chart, _ = timings(run)
+    drawn = [
+        s.key for c in (*charts, *logged, *own, time_chart, *evaluations(run)) for s in c.series
+    ]
+    bands = {"completions/min_length", "completions/max_length"}
+    metrics = read_lines(run.path / "metrics.jsonl")
+    assert {name for line in metrics for name in line} - {"step"} - bands <= set(drawn)
+    page = write_report(run.path).read_text()
+    assert "my_<wbr>rewards/<wbr>share of &lt;i&gt;hints&lt;/<wbr>i&gt;" in page
+    assert "3 more of the trainer" in page
+
+
+def test_a_metric_of_a_few_steps_is_drawn_at_these(tmp_path):
+    path = made_up(tmp_path / "run")
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "eval_pass@4": 0.5}\n{"step": 40, "eval_pass@4": 0.75}\n')
+    _, own = others(read_run(path))
+    chart = chart_of(own, "eval_pass@4")
+    assert [x[0] for x in chart.x] == [20, 40]
+    assert chart.series[0].values == [0.5, 0.75]
+
+
+def test_a_run_of_objects_says_so(tmp_path):
+    path = made_up(tmp_path / "run")
+    for values, model in (
+        ({"task": "arithmetic"}, "made on the spot (task arithmetic)"),
+        ({}, "an object given to Trainer"),
+    ):
+        (path / "config.yaml").write_text(yaml.safe_dump(values))
+        assert about(read_run(path)) == [("Model", model), ("Dataset", model)]
 
 
 def test_a_long_run_is_drawn_in_bins_with_their_extremes(tmp_path):
@@ -199,7 +241,7 @@ def test_completions_are_spread_over_the_run_and_long_texts_say_what_is_left_out
     text = found["completions"][0]["completion"][0]["text"]
     assert len(text) < MOST_CHARACTERS + 60
     assert f"[… {100_000 - MOST_CHARACTERS:,} characters left out here …]" in text
-    assert found["completions"][0]["advantage"] == 0.75
+    assert found["completions"][0]["advantage"] == 0.25  # the mean, as in the live view
     assert found["completions"][0]["per_token"] == 3
 
 
@@ -296,6 +338,22 @@ def test_the_judge_is_that_of_the_summary_and_no_result_a_dash(tmp_path):
     assert facts["Test, greedy"].detail == "+3.51, mine on held-out prompts"
     assert facts["Test, sampled"].value == "- → 0.5"
     assert facts["Test, sampled"].detail == "-, mine on held-out prompts"
+
+
+def test_graded_rewards_between_0_and_1_are_no_percents(tmp_path):
+    path = without_evaluations(tmp_path / "run")
+    summary = {"steps": 40, "test": {"greedy": {"before": 0.37, "after": 0.5}}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    for given, value, unit, percent in (
+        ([0.0, 1.0, None], "37.0% → 50.0%", "share of prompts", True),
+        ([0.0, 0.37, None], "0.37 → 0.5", "reward or share, mean over prompts", False),
+        ([None], "0.37 → 0.5", "reward or share, mean over prompts", False),
+    ):
+        write_lines(path / "rewards.jsonl", [{"step": 1, "rewards": {"accuracy": given}}])
+        run = read_run(path)
+        assert next(headline(run)).value == value
+        chart = chart_of(evaluations(run), "Held-out accuracy")
+        assert (chart.unit, chart.percent) == (unit, percent)
 
 
 @pytest.mark.parametrize("iterations", [1, 2])

@@ -130,6 +130,66 @@ def test_steps_follow_from_epochs(tmp_path, word_problems):
     assert Trainer(config).num_steps == 6  # 32 prompts, 8 a step
 
 
+def test_the_last_step_ends_its_epoch_as_in_transformers(tmp_path, word_problems, two_splits):
+    """Its `on_epoch_end` comes also where max_steps cuts an epoch, and steps end with a look."""
+    model = save_small_model(tmp_path / "model")
+    for strategy, evaluated, saved in (
+        ("epoch", [3, 5], ["step-3", "step-5"]),
+        ("steps", [2, 4, 5], ["step-4"]),  # `final` is step 5
+    ):
+        values = {} if strategy == "epoch" else {"eval_steps": 2, "save_steps": 4}
+        trainer = Trainer(
+            run_config(
+                tmp_path,
+                two_splits,
+                model,
+                max_steps=5,  # 24 prompts, 8 a step
+                output_dir=str(tmp_path / strategy),
+                eval_strategy=strategy,
+                save_strategy=strategy,
+                num_generations_eval=1,
+                **values,
+            )
+        )
+        trainer.train()
+        metrics = lines(trainer.run.path / "metrics.jsonl")
+        assert [m["step"] for m in metrics if "eval_reward" in m] == evaluated
+        folders = (trainer.run.path / "checkpoints").iterdir()
+        assert sorted(path.name for path in folders) == saved
+
+
+def test_a_run_that_ends_before_it_wrote_anything_leaves_nothing(
+    tmp_path, word_problems, monkeypatch
+):
+    model = save_small_model(tmp_path / "model")
+    trainer = Trainer(run_config(tmp_path, word_problems, model))
+    assert (trainer.run.path / "config.yaml").is_file()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.sampler.rollout, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not trainer.run.path.exists()
+    trainer = Trainer(run_config(tmp_path, word_problems, model))  # its place is free
+    (trainer.run.path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(trainer.sampler.rollout, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (trainer.run.path / "notes.txt").read_text() == "mine"
+
+
+def test_a_graded_reward_is_a_number_and_no_percent(tmp_path, word_problems, capsys):
+    model = save_small_model(tmp_path / "model")
+    values = {"max_steps": 1, "dataset_test_split": "train"}
+    trainer = Trainer(run_config(tmp_path, word_problems, model, **values))
+    trainer.train()  # shares of letters
+    (greedy,) = [line for line in capsys.readouterr().out.splitlines() if "greedy" in line]
+    assert "%" not in greedy
+    assert trainer.run.graded
+
+
 def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tmp_path, word_problems):
     model = save_small_model(tmp_path / "model")
     trainer = Trainer(run_config(tmp_path, word_problems, model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
@@ -83,12 +84,13 @@ def _entry(line: Line) -> dict[str, Any]:
     }
     advantage = line.get("advantage")
     if isinstance(advantage, list):
-        entry["advantage"] = sum(value for value in advantage if number(value))
+        entry["advantage"] = fmean([value for value in advantage if number(value)] or [0.0])
         entry["per_token"] = len(advantage)
     elif number(advantage):
         entry["advantage"] = advantage
-    if number(line.get("num_tokens")):
-        entry["num_tokens"] = line["num_tokens"]
+    for name in ("num_tokens", "num_tool_tokens"):
+        if number(line.get(name)):
+            entry[name] = line[name]
     if isinstance(line.get("finished"), bool):
         entry["finished"] = line["finished"]
     if line.get("extra"):

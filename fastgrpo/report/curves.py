@@ -20,25 +20,34 @@ _COLOURS = {"a": "#2563a8", "b": "#1b8a5a", "c": "#a8502a", "d": "#6b4fa0", "e":
 
 
 def save_curves(
-    metrics: Sequence[Mapping[str, Any]], path: str | Path, *, title: str, accuracy_key: str
+    metrics: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str,
+    accuracy_key: str,
+    share: bool,
 ) -> None:
-    """Draw reward, accuracy, entropy, length and KL over the steps into a PNG.
+    """Draw both rewards, entropy, length and KL over the steps into a PNG.
 
     Args:
         metrics: the lines of metrics.jsonl.
         path: of the PNG.
         title: above the panels.
-        accuracy_key: the metric that is the accuracy, for example `rewards/exact_match/mean`.
+        accuracy_key: the metric of the first reward, for example `rewards/exact_match/mean`.
+        share: it is a mean of nothing but 0 and 1, an accuracy.
     """
-    curves_figure(metrics, title=title, accuracy_key=accuracy_key).savefig(path, dpi=DPI)
+    figure = curves_figure(metrics, title=title, accuracy_key=accuracy_key, share=share)
+    figure.savefig(path, dpi=DPI)
 
 
-def curves_figure(metrics: Sequence[Mapping[str, Any]], *, title: str, accuracy_key: str) -> Figure:
+def curves_figure(
+    metrics: Sequence[Mapping[str, Any]], *, title: str, accuracy_key: str, share: bool
+) -> Figure:
     """Return the figure that `save_curves` saves; the arguments are the same.
 
     A panel has every step's value in a light line and their running mean in a dark one. Every
-    axis includes zero, so that a small change does not look like a large one; an accuracy between
-    0 and 1 has the whole range.
+    axis includes zero, so that a small change does not look like a large one; an accuracy has the
+    whole range.
     """
     # A Figure of its own, not pyplot: nothing global, no display, no figure left open.
     from matplotlib.figure import Figure
@@ -48,7 +57,12 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]], *, title: str, accuracy_
     panels = figure.subplot_mosaic("aaabbb;ccddee")
     contents = {
         "a": ("reward", "Reward", "weighted sum of rewards", "not recorded"),
-        "b": (accuracy_key, f"Accuracy ({accuracy_key})", "mean reward", "not recorded"),
+        "b": (
+            accuracy_key,
+            f"{'Accuracy' if share else 'First reward'} ({accuracy_key})",
+            "sampled completions that are right" if share else "mean reward",
+            "not recorded",
+        ),
         "c": ("entropy", "Entropy", "nats per token", "not recorded"),
         "d": ("completions/mean_length", "Completion length", "tokens", "not recorded"),
         "e": ("kl", "KL to the reference", "nats per token", "not computed (beta = 0)"),
@@ -66,8 +80,8 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]], *, title: str, accuracy_
             continue
         _draw(axes, steps, values, _COLOURS[place])
         low, high = min(0.0, np.nanmin(values)), max(0.0, np.nanmax(values))
-        if key == accuracy_key and low == 0 and high <= 1:
-            axes.set(ylim=(0, 1.02), ylabel="sampled completions that are right")
+        if key == accuracy_key and share:
+            axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter("{x:.0%}")
         else:
             margin = 0.08 * (high - low) or 1.0

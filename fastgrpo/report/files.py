@@ -39,6 +39,15 @@ class RunFiles:
         return [line for line in self.metrics if number(line.get("loss")) or "reward" in line]
 
     @property
+    def binary(self) -> bool:
+        """Whether the judge, which is the first reward function, is known to give 0 and 1 alone."""
+        judge, known = (self.summary or {}).get("judge"), set[float]()
+        for line in self.rewards:
+            rewards = line.get("rewards") or {}
+            known.update(filter(number, rewards.get(judge or next(iter(rewards), None)) or []))
+        return bool(known) and known <= {0, 1}
+
+    @property
     def last_step(self) -> int:
         """The last optimisation step."""
         return self.metrics[-1]["step"]

@@ -23,7 +23,7 @@ from ..readable import changes, plain
 from .chart import HEIGHT, WIDTH, draw, smoothing, tenths
 from .completions import browsable
 from .files import Line, RunFiles, number, read_run
-from .panels import bin_width, column, curves, evaluations, setting
+from .panels import bin_width, column, curves, evaluations, others, setting
 from .totals import histograms, timings
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -64,6 +64,7 @@ def render(run: RunFiles) -> str:
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # reward functions in order
     environment.filters |= {"percent": _percent, "breakable": _breakable}
     charts, absent = curves(run)
+    logged, own = others(run)
     time_chart, times = timings(run)
     style, script = (
         (TEMPLATE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
@@ -78,6 +79,8 @@ def render(run: RunFiles) -> str:
         held_out=[draw(chart) for chart in evaluations(run)],
         evaluations=[{**found, "setting": setting(found)} for found in run.evaluations],
         curves=[draw(chart) for chart in charts],
+        logged=[draw(chart) for chart in logged],
+        others=[draw(chart) for chart in own],
         absent=absent,
         bin_width=bin_width(steps),
         smoothing=smoothing(-(-steps // bin_width(steps))),
@@ -118,7 +121,8 @@ def state(run: RunFiles) -> str:
 def about(run: RunFiles) -> list[tuple[str, str]]:
     """Return the model and the dataset of a run."""
     config = run.config
-    made = f"made on the spot (task {config.get('task')})"
+    task = config.get("task")
+    made = f"made on the spot (task {task})" if task else "an object given to Trainer"
     dataset = [config.get(key) for key in ("dataset_name", "dataset_config", "dataset_train_split")]
     return [
         ("Model", str(config.get("model_name_or_path") or made)),
@@ -140,7 +144,7 @@ def headline(run: RunFiles) -> Iterator[Fact]:
     summary, lines = run.summary or {}, run.training
     named = str((run.config.get("reward_funcs") or ["reward"])[0]).rpartition(":")[2]
     judge = summary.get("judge") or named
-    for how, before, after, difference in changes(summary.get("test") or {}):
+    for how, before, after, difference in changes(summary.get("test") or {}, share=run.binary):
         yield Fact(
             f"Test, {how}", f"{before} → {after}", f"{difference}, {judge} on held-out prompts"
         )

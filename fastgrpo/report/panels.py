@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from ..rewards.contract import is_reserved
 from .chart import Chart, Series, binned
 from .files import Line, RunFiles, number
 
@@ -31,6 +32,12 @@ class Panel:
 PANELS = (
     Panel(title="Reward", unit="weighted sum of the reward functions, mean", keys=("reward",)),
     Panel(title="Reward functions", unit="mean over completions", keys=("rewards/*/mean",)),
+    Panel(
+        title="Failures of reward functions",
+        unit="batches so far that one did not judge",
+        keys=("rewards/*/exceptions", "rewards/*/timeouts"),
+        smooth=False,
+    ),
     Panel(
         title="Completion length",
         unit="tokens: mean, shortest and longest",
@@ -69,7 +76,8 @@ PANELS = (
         title="Loss",
         unit="no unit",
         keys=("loss",),
-        note="Near 0 is normal: on-policy, advantages of a group cancel out. Look at the reward.",
+        note="Near 0 is normal where completions have one reward each: on-policy, advantages of a "
+        "group cancel out. Those of steps need not. Look at the reward.",
     ),
     Panel(title="Gradient norm", unit="before clipping", keys=("grad_norm",)),
     Panel(title="Learning rate", unit="per step", keys=("learning_rate",), smooth=False),
@@ -98,6 +106,10 @@ PANELS = (
     ),
     Panel(title="Memory", unit="GiB at the peak so far", keys=("memory/peak_gib",), smooth=False),
 )
+
+
+_ELSEWHERE = ("step", "eval_reward", "eval_rewards/*/mean", "time/*")
+"""Metrics that other charts of the page have."""
 
 
 def curves(run: RunFiles) -> tuple[list[Chart], list[str]]:
@@ -163,9 +175,33 @@ def short(key: str) -> str:
     """Return what a metric is called where its chart says the rest."""
     if match := re.fullmatch(r"(?:eval_)?rewards/(.*)/mean", key):
         return match[1]
+    if match := re.fullmatch(r"rewards/(.*)/(exceptions|timeouts)", key):
+        return f"{match[1]}: {match[2]}"
     clipped = {"low_mean": "below", "high_mean": "above", "region_mean": "either"}
     name = key.rpartition("/")[2]
     return clipped.get(name, name)
+
+
+def others(run: RunFiles) -> tuple[list[Chart], list[Chart]]:
+    """Return a chart for each metric that no panel has: of reward functions, and of the trainer."""
+    keys = [*_ELSEWHERE]
+    for panel in PANELS:
+        keys += [*panel.keys, *(panel.band or ())]
+    names = [n for n in names_of(run.metrics, "*") if not any(fnmatchcase(n, k) for k in keys)]
+    logged: list[Chart] = []
+    own: list[Chart] = []
+    for name in names:
+        lines = [line for line in run.metrics if number(line.get(name))]
+        series = Series(name=name, key=name, values=column(lines, name))
+        (own if is_reserved(name) else logged).append(
+            Chart(
+                title=name,
+                unit="as in metrics.jsonl" if is_reserved(name) else "logged by a reward function",
+                x=steps_of(lines),
+                series=[binned(series, bin_width(len(lines)))],
+            )
+        )
+    return logged, own
 
 
 def evaluations(run: RunFiles) -> Iterator[Chart]:
@@ -193,12 +229,11 @@ def evaluations(run: RunFiles) -> Iterator[Chart]:
                 [at[step][i] if step in at else None for step in steps] for i in range(3)
             )
             series.append(Series(name=name, key=name, values=values, low=lows, high=highs))
-        known = [v for s in series for v in s.values if v is not None]
-        share = min(known) >= 0 and max(known) <= 1
+        share = run.binary or not (run.summary or {}).get("test")  # what eval/ has are shares
         errors = any(v is not None for s in series for v in s.low or ())
         yield Chart(
             title="Held-out accuracy",
-            unit=("share of prompts" if share else "reward, mean over prompts")
+            unit=("share of prompts" if share else "reward or share, mean over prompts")
             + (", with confidence intervals" if errors else ""),
             x=[(step, step) for step in steps],
             series=series,

@@ -47,6 +47,11 @@ def identify(name: str) -> Checkpoint | Source | Callable[..., Any]:
     Raises:
         ValueError: it is none of these, or of TRL, which is not installed.
     """
+    if is_object(name):
+        raise ValueError(
+            f"reward_funcs: {name!r} was a Python object in the run that this configuration is of; "
+            "name it here ('path.py:function'), or give it to Trainer again"
+        )
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name in _OF_TRL:
@@ -66,6 +71,16 @@ def identify(name: str) -> Checkpoint | Source | Callable[..., Any]:
         f"({', '.join(known)}), 'module:function', 'path.py:function', or the directory or Hub "
         "name of a reward model"
     )
+
+
+def as_object(name: str) -> str:
+    """Return what the configuration of a run says where it was given a Python object."""
+    return f"<object {name}>"
+
+
+def is_object(name: str) -> bool:
+    """Say whether a configuration says that there was an object."""
+    return name.startswith("<object ")
 
 
 def is_checkpoint(name: str) -> bool:

@@ -45,6 +45,7 @@ def test_the_forms_of_a_name_and_a_function(tmp_path, monkeypatch, judge):
     [
         ("acuracy", ValueError, "'acuracy', did you mean 'accuracy'.*module:function.*path.py:fun"),
         ("tags", ValueError, "did you mean 'tag_count'"),
+        ("<object mine>", ValueError, "'<object mine>' was a Python object in the run .* name it"),
         (":accuracy", ValueError, "unknown reward function ':accuracy'"),
         ("no_such.py", ValueError, "unknown reward function 'no_such.py'"),
         ("no_such_module_:f", ModuleNotFoundError, "no module 'no_such_module_'"),

@@ -155,10 +155,11 @@
     if (c.advantage !== undefined) {
       const advantage = make("span", "", "advantage ");
       advantage.append(make("b", "", (c.advantage > 0 ? "+" : "") + digits(c.advantage)));
-      if (c.per_token !== undefined) advantage.append(` (sum of ${c.per_token} per-token advantages)`);
+      if (c.per_token !== undefined) advantage.append(` (mean of ${c.per_token} tokens)`);
       head.append(advantage);
     }
     if (c.num_tokens !== undefined) head.append(make("span", "", `${c.num_tokens.toLocaleString("en")} tokens`));
+    if (c.num_tool_tokens) head.append(make("span", "", `${c.num_tool_tokens.toLocaleString("en")} of tools`));
     if (c.finished !== undefined) head.append(make("span", c.finished ? "" : "cut", c.finished ? "finished" : "truncated"));
     const scores = make("ul", "scores");
     for (const [name, value] of Object.entries(c.rewards)) {
