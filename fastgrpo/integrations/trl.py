@@ -1,0 +1,394 @@
+"""TRL's `GRPOTrainer` with our loss: the LM head and the loss in one pass, all else as it is there.
+
+TRL puts an LM head of its own into the model's forward, takes log-probs from it and computes the
+loss from them: 8NHV FLOPs. Here the head takes the loss along: 6NHV, the gradients are known when
+the forward pass ends. What is called is the model's own forward still, as DDP, FSDP and PEFT have
+wrapped it.
+
+Written for the private names of TRL 1.15 and 1.16; tests hold loss, gradients and metrics to those
+of its `_compute_loss`.
+
+B sequences, P tokens of a prompt, T of a completion, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from fastgrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_logps
+
+from ..head import read_head
+from .fused_head import FusedHead, FusedOutput, add_fused_head
+
+_trl: Any = import_module("trl")  # not `import`: this module has its name
+if tuple(int(part) for part in _trl.__version__.split(".")[:2]) not in ((1, 15), (1, 16)):
+    raise ImportError(
+        "FastGRPOTrainer takes the place of private methods of TRL 1.15 and 1.16 and could differ "
+        f"from TRL {_trl.__version__} without a word: pip install 'trl>=1.15,<1.17'"
+    )
+
+# TRL divides these by the tokens of all that was generated at once, the others within a call.
+_TOKEN_MEANS = ("dapo", "cispo", "vespo")
+# What TRL gives a model besides ids and mask, for images.
+_MODEL_INPUTS = (
+    "pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask",
+    "spatial_shapes", "image_sizes", "token_type_ids", "mm_token_type_ids",
+)  # fmt: skip
+_MEANS = (
+    "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    "cispo_clip_ratio", "vespo/phi_seq_mean",
+)  # fmt: skip
+_LOWEST, _HIGHEST = "clip_ratio/low_min", "clip_ratio/high_max"
+
+
+class _FusedLoss:
+    """How a `GRPOTrainer` computes its loss, and the log-probs of old policy and reference."""
+
+    fp32_logits = True
+    """Keep the fp32 results of the head's products as logits, as TRL's kernel does. False rounds
+    them to the weight's type, as the model's own forward does: half the bytes of a chunk."""
+
+    _loss_config: GRPOLossConfig
+
+    def _fuse(self: Any, config: GRPOLossConfig) -> None:
+        """Put our head into the policy and the reference."""
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "deepspeed: ZeRO stage 3 takes the LM head's weight away between forward and "
+                "backward: use stage 1 or 2, FSDP, or TRL's own GRPOTrainer"
+            )
+        policy = self.accelerator.unwrap_model(self.model)
+        policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+        scale, softcap = self._agree_on_head(policy)
+        self._loss_config = replace(config, logit_scale=scale, logit_softcap=softcap)
+        reference = self.ref_model and self.accelerator.unwrap_model(self.ref_model)
+        for model in (policy, reference):
+            if model is not None:
+                add_fused_head(model, self._logps_head, in_fp32=self.args.cast_lm_head_to_fp32)
+
+    def _agree_on_head(self: Any, model: Any) -> tuple[float, float | None]:
+        """Read scale and softcap on the main process: FSDP may load the weights there alone."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                head = read_head(model)
+                found = [(head.logit_scale, head.logit_softcap)]
+            except ValueError as error:
+                found = [str(error)]
+        import_module("accelerate.utils").broadcast_object_list(found)
+        if isinstance(found[0], str):
+            raise ValueError(found[0])
+        return found[0]
+
+    def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Return the loss of a micro-batch, and log, as the method of `GRPOTrainer` does."""
+        training = self.model.training
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        factor, logged_factor = 1 / accumulation, 1.0
+        if self.loss_type in _TOKEN_MEANS:
+            # One step trains on a share of what was generated at once, and gradients of ranks are
+            # averaged, not added.
+            share = self.args.steps_per_generation if training else 1
+            factor *= share * self.accelerator.num_processes
+            logged_factor = factor
+        config = self._config_of_now()
+        completion_mask = inputs["completion_mask"]
+        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
+
+        model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        with self.accelerator.autocast():
+            output = model(
+                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+                attention_mask=torch.cat([inputs["prompt_mask"], completion_mask], 1),
+                fused_lm_head=self._loss_head(inputs, mask, config, factor * accumulation),
+                **model_inputs,
+            )
+        loss = output.loss * factor
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
+        output.metrics["policy_loss"] *= logged_factor
+        self._log_loss(output, mask, config)
+        if self._entropy_bonus_enabled and training:
+            self._control_entropy(output, mask)
+        return loss
+
+    def _config_of_now(self: Any) -> GRPOLossConfig:
+        """Return the mathematics, with what callbacks and the entropy controller may change."""
+        gated = self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
+        return _replaced(
+            self._loss_config,
+            beta=self.beta,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            entropy_coef=0.0 if gated else self.entropy_coef,
+        )
+
+    def _logps_of(
+        self: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,  # (B, L)
+        mask: Tensor,  # (B, L)
+    ) -> tuple[Tensor, Tensor]:
+        config = self._loss_config
+        return linear_logps(
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            mask=mask,
+            temperature=config.temperature,
+            logit_scale=config.logit_scale,
+            logit_softcap=config.logit_softcap,
+            fp32_logits=self.fp32_logits,
+        )
+
+    def _logps_head(self, labels: Tensor) -> FusedHead:
+        """Return a head for TRL's own passes: log-probs of labels (B, P + T), -100 left out."""
+        ids = labels[:, 1:]
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedOutput:
+            logps, entropy = self._logps_of(hidden[:, :-1], weight, bias, ids, ids != -100)
+            return FusedOutput(log_probs=logps, entropy=entropy)
+
+        return head
+
+    def _loss_head(
+        self: Any, inputs: dict[str, Any], mask: Tensor, config: GRPOLossConfig, bonus_factor: float
+    ) -> FusedHead:
+        """Return a head that computes the loss of a micro-batch.
+
+        The tensors are in its closure: FSDP casts what it finds among the arguments to 16 bits.
+
+        Args:
+            inputs: as TRL hands them to `_compute_loss`.
+            mask: (B, T), the tokens that count.
+            config: the mathematics.
+            bonus_factor: what the loss is multiplied with later and the entropy bonus is not.
+        """
+        ids, advantages = inputs["completion_ids"], inputs["advantages"]
+        old_logps = inputs.get("old_per_token_logps")
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        num_items = inputs["num_items_in_batch"] if self.loss_type in _TOKEN_MEANS else None
+        needs_statistics = self.top_entropy_quantile < 1 or self.off_policy_mask_threshold
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedOutput:
+            hidden = hidden[:, -ids.shape[1] - 1 : -1]
+            entropy_mask = policy_weight = None
+            if needs_statistics:
+                with torch.no_grad():
+                    logps, entropy = self._logps_of(hidden, weight, bias, ids, mask)
+                if self.top_entropy_quantile < 1:
+                    quantile = 1 - self.top_entropy_quantile
+                    entropy_mask = self.get_high_entropy_mask(entropy, mask, quantile)
+                if self.off_policy_mask_threshold is not None:
+                    then = logps if old_logps is None else old_logps
+                    policy_weight = self.get_off_policy_mask(
+                        advantages=advantages[:, None] if advantages.dim() == 1 else advantages,
+                        per_token_logps=logps,
+                        sampling_per_token_logps=inputs.get("sampling_per_token_logps", then),
+                        mask=mask,
+                        off_policy_threshold=self.off_policy_mask_threshold,
+                    )
+            seen = mask if entropy_mask is None else mask * entropy_mask
+            denominator = seen.sum().clamp(min=1) * bonus_factor
+            found = linear_grpo_loss(
+                hidden,
+                weight,
+                ids,
+                advantages,
+                bias=bias,
+                completion_mask=mask,
+                old_logps=old_logps,
+                ref_logps=inputs["ref_per_token_logps"] if config.beta else None,
+                importance_sampling_ratio=inputs["importance_sampling_ratio"] if corrects else None,
+                policy_weight=policy_weight,
+                entropy_mask=entropy_mask,
+                num_items_in_batch=num_items,
+                entropy_denominator=denominator,
+                fp32_logits=self.fp32_logits,
+                config=config,
+            )
+            bonus = config.entropy_coef * (found.entropy * seen).sum() / denominator
+            # TRL calls by this name all of the loss but the bonus.
+            metrics = {**found.metrics, "policy_loss": found.loss.detach() + bonus}
+            return FusedOutput(found.loss, found.logps, found.entropy, metrics, entropy_mask)
+
+        return head
+
+    def _log_loss(self: Any, output: Any, mask: Tensor, config: GRPOLossConfig) -> None:
+        """Append the metrics of a micro-batch, over all processes, under TRL's names.
+
+        One collective and one wait for the device.
+        """
+        found: dict[str, Tensor] = dict(output.metrics)
+        if output.aux_loss is not None:
+            found["aux_loss"] = output.aux_loss.detach()
+        by_sequence = {"vespo/phi_seq_mean"}
+        if config.importance_sampling_level == "sequence":
+            by_sequence |= {name for name in _MEANS if "clip_ratio" in name}
+        elif _LOWEST in found:
+            # Of tokens of a process that has none there is no fraction.
+            empty = mask.sum() == 0
+            for name in (_LOWEST, _HIGHEST):
+                found[name] = found[name].masked_fill(empty, math.nan)
+        counts = {
+            False: mask.sum().float(),
+            True: torch.full_like(output.loss, len(mask)).detach(),
+        }
+        means = [name for name in _MEANS if name in found]
+        others = [n for n in (_LOWEST, _HIGHEST, "policy_loss", "aux_loss") if n in found]
+        columns = [
+            *(counts[by] for by in (False, True)),
+            *(found[name] * counts[name in by_sequence] for name in means),
+            *(found[name] for name in others),
+        ]
+        gathered = self.accelerator.gather(torch.stack([x.float() for x in columns])[None])
+        tokens, sequences, *values = (
+            list(column) for column in zip(*gathered.tolist(), strict=True)
+        )
+        of_processes = dict(zip([*means, *others], values, strict=True))
+        log = self._metrics["train" if self.model.training else "eval"]
+        for name in means:
+            count = sum(sequences if name in by_sequence else tokens)
+            log[name].append(sum(of_processes[name]) / max(count, 1.0))
+        for name, reduced in ((_LOWEST, min), (_HIGHEST, max)):
+            if name in found:
+                known = (x for x in of_processes[name] if not math.isnan(x))
+                log[name].append(reduced(known, default=math.nan))
+        for name, is_logged in (
+            ("policy_loss", self._entropy_bonus_enabled),
+            ("aux_loss", self.aux_loss_enabled),
+        ):
+            if is_logged:
+                log[name].append(sum(of_processes[name]) / len(tokens))
+
+    def _control_entropy(self: Any, output: Any, mask: Tensor) -> None:
+        """Move the coefficient of the bonus after an optimisation step (Skywork-OR1), and log it.
+
+        The state is TRL's, which saves it with its checkpoints.
+        """
+        if self.use_adaptive_entropy:
+            seen = mask if output.entropy_mask is None else mask * output.entropy_mask
+            found = torch.stack([(output.entropy * seen).sum(), seen.sum()])
+            before = self._entropy_window_stats
+            self._entropy_window_stats = found if before is None else before + found
+        if not self.accelerator.sync_gradients:
+            return
+        if self.use_adaptive_entropy:
+            total, count = self.accelerator.reduce(self._entropy_window_stats, "sum").tolist()
+            self._last_world_entropy = total / max(count, 1.0)
+            self._entropy_window_stats = None
+            delta = self.args.entropy_coef_delta
+            if self._last_world_entropy > self.args.entropy_target:
+                self.entropy_coef = max(self.entropy_coef - delta, self.args.entropy_coef_min)
+            else:
+                self.entropy_coef = min(self.entropy_coef + delta, self.args.entropy_coef_max)
+        self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
+
+
+class FastGRPOTrainer(_FusedLoss, _trl.GRPOTrainer):
+    """`trl.GRPOTrainer` that computes the loss with `linear_grpo_loss`, in one pass.
+
+    It takes the arguments of `GRPOTrainer` and logs the same metrics under the same names.
+
+    Raises:
+        ValueError: an option of TRL that our loss does not have, named before the model is loaded;
+            or a model whose LM head it cannot express.
+    """
+
+    @functools.wraps(_trl.GRPOTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(_trl.GRPOTrainer).bind(*args, **kwargs).arguments
+        config = loss_config(given.get("args") or _trl.GRPOConfig())
+        super().__init__(*args, **kwargs)
+        self._fuse(config)
+
+
+def accelerate_trl(trainer: Any) -> Any:
+    """Give a `GRPOTrainer` that exists, or one of a subclass, the loss of `FastGRPOTrainer`.
+
+    Args:
+        trainer: before its `train` is called.
+
+    Returns:
+        The same object, of another class.
+
+    Raises:
+        TypeError: it is no `GRPOTrainer`, or of a subclass with a loss of its own.
+        ValueError: as `FastGRPOTrainer`; or it is training already.
+    """
+    cls: Any = type(trainer)
+    if not isinstance(trainer, _trl.GRPOTrainer):
+        raise TypeError(f"accelerate_trl takes a trl.GRPOTrainer, got {cls.__name__}")
+    for name in ("_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies"):
+        if getattr(cls, name) is not getattr(_trl.GRPOTrainer, name):
+            raise TypeError(
+                f"{cls.__name__} has a {name} of its own, which would no longer be called: derive "
+                "it from FastGRPOTrainer and say there what the loss should be"
+            )
+    if trainer.model_wrapped is not trainer.model:
+        raise ValueError(
+            "the trainer has wrapped its model already: call accelerate_trl before train"
+        )
+    config = loss_config(trainer.args)
+    trainer.__class__ = (
+        FastGRPOTrainer
+        if cls is _trl.GRPOTrainer
+        else type(f"Fast{cls.__name__}", (_FusedLoss, cls), {})
+    )
+    trainer._fuse(config)  # pyright: ignore[reportPrivateUsage]
+    return trainer
+
+
+def loss_config(args: Any) -> GRPOLossConfig:
+    """Return the mathematics that a `trl.GRPOConfig` asks for.
+
+    Raises:
+        ValueError: our loss does not have it; names the option.
+    """
+    level = args.importance_sampling_level
+    if args.loss_type == "vespo" and level == "sequence":
+        # TRL's vespo reads the level nowhere but here, and so it warns and goes on.
+        if args.beta and args.use_bias_correction_kl:
+            raise ValueError(
+                "importance_sampling_level='sequence' with loss_type='vespo' corrects the KL term "
+                "by the ratio of the sequence: use 'token', or use_bias_correction_kl=False"
+            )
+        level = "token"
+    return GRPOLossConfig(
+        loss_type=args.loss_type,
+        importance_sampling_level=level,
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        delta=args.delta,
+        beta=args.beta,
+        use_bias_correction_kl=args.use_bias_correction_kl,
+        temperature=args.temperature,
+        entropy_coef=args.entropy_coef,
+        max_completion_length=args.max_completion_length,
+        sapo_temperature_pos=args.sapo_temperature_pos,
+        sapo_temperature_neg=args.sapo_temperature_neg,
+        vespo_k_pos=args.vespo_k_pos,
+        vespo_lambda_pos=args.vespo_lambda_pos,
+        vespo_k_neg=args.vespo_k_neg,
+        vespo_lambda_neg=args.vespo_lambda_neg,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _replaced(config: GRPOLossConfig, **changes: float) -> GRPOLossConfig:
+    """Replace once, not in every micro-batch: what cannot be well is warned of each time."""
+    return replace(config, **changes)  # pyright: ignore[reportArgumentType]
