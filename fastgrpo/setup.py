@@ -170,7 +170,7 @@ def check_dataset(config: TrainConfig, dataset: Dataset, sampler: Sampler) -> No
         dataset,
         sampler.encode,
         max_completion_length=config.max_completion_length,
-        limits={"the model": sampler.policy.positions} | config.limits,
+        limits=config.limits(sampler.policy.positions),
     )
 
 

@@ -80,26 +80,26 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
         ({"reward_funcs": 1}, "reward_funcs: must be a list, got 1"),
         (
             {"task": "arithmetic"},
-            "model_name_or_path: task makes its own model and dataset; leave it out",
+            "model_name_or_path: has no effect with task: arithmetic, got m; a task makes its own",
         ),
         (
             {"lr_scheduler_type": "constant", "warmup_steps": 5},
-            "warmup_steps: lr_scheduler_type: c",
+            "warmup_steps: has no effect with lr_scheduler_type: constant, got 5.0; write lr_sch",
         ),
         (
             {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"min_lr": 0.1}},
-            "lr_scheduler_kwargs: constant_with_warmup takes none",
+            "lr_scheduler_kwargs: has no effect with lr_scheduler_type: constant_with_warmup",
         ),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
-            "scale_rewards: none has no effect with multi_objective_aggregation",
+            "scale_rewards: has no effect with multi_objective_aggregation: normalize_then_sum",
         ),
         (
             {
                 "multi_objective_aggregation": "normalize_then_sum",
                 "advantage_baseline": "leave_one_out",
             },
-            "advantage_baseline: leave_one_out has no effect",
+            "advantage_baseline: has no effect with multi_objective_aggregation",
         ),
         ({"scale_rewards": "none", "advantage_eps": 0.1}, "advantage_eps: has no effect with"),
         ({"max_eval_samples": 5}, "max_eval_samples: has no effect without dataset_test_split"),
@@ -113,7 +113,7 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_together():
             "chat_template_kwargs: tokenize is set for every prompt; leave it out",
         ),
         ({"use_peft": True, "disable_dropout": True, "lora_dropout": 0.1}, "disable_dropout: lora"),
-        ({"delta": 1.1}, "delta must be a finite number above 1 + epsilon_high"),
+        ({"delta": 1.1}, "delta: must be a finite number above 1 + epsilon_high"),
     ],
 )
 def test_wrong_values_are_named(values, message):
@@ -178,11 +178,11 @@ def test_every_field_says_what_it_means(options):
         ),
         ({"padding_free": True, "attn_implementation": "sdpa"}, "padding_free: sdpa attention"),
         ({"attn_implementation": "flex"}, "attn_implementation: must be one of flash_attention_2"),
-        ({"sync_ref_model": True}, "sync_ref_model: there is no reference when beta is 0"),
-        ({"offload_ref_model": True}, "offload_ref_model: there is no reference when beta is 0"),
+        ({"sync_ref_model": True}, "sync_ref_model: has no effect with beta: 0.0, got true; there is no"),
+        ({"offload_ref_model": True}, "offload_ref_model: has no effect with beta: 0.0, got true; there is no"),
         (
             {"sync_ref_model": True, "beta": 0.1, "use_peft": True},
-            "with use_peft the reference is the model without its adapters",
+            "with use_peft: true, got true; the reference is the model without its adapters",
         ),
         (
             {
@@ -214,7 +214,7 @@ def test_every_field_says_what_it_means(options):
         ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization: must be above 0"),
         ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type: must be one of linear"),
         ({"warm_start_accuracy": 1.5}, "warm_start_accuracy: must be above 0 and below 1"),
-        ({"task": "arithmetic", "attn_implementation": "eager"}, "attn_implementation: task makes"),
+        ({"task": "arithmetic", "attn_implementation": "eager"}, "attn_implementation: has no"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_work_are_refused_with_the_remedy(values, message):
@@ -224,9 +224,9 @@ def test_options_that_cannot_work_are_refused_with_the_remedy(values, message):
 
 def test_what_limits_a_sequence_is_known_by_its_key():
     config = config_from({"max_tokens_per_microbatch": 2000})
-    assert config.limits == {"max_tokens_per_microbatch": 2000}
+    assert config.limits(512) == {"the model": 512, "max_tokens_per_microbatch": 2000}
     config = config_from({"use_vllm": True, "vllm_max_model_length": 1000})
-    assert config.limits == {"vllm_max_model_length": 1000}
+    assert config.limits(512) == {"the model": 512, "vllm_max_model_length": 1000}
 
 
 def test_steps_of_an_epoch_count_those_that_share_completions():

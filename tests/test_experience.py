@@ -133,6 +133,12 @@ def test_a_sampler_with_other_weights_is_noticed(start, capsys):
     assert capsys.readouterr().out.count("warning: log-probs in training are") == 1
 
 
+def as_if_by_vllm(trainer, shift, **values):
+    """Let another sampler draw, with options that are for vLLM, which need not be installed."""
+    trainer.config = replace(trainer.config, use_vllm=True, **values)
+    trainer.sampler.rollout = Elsewhere(trainer.sampler.rollout, shift)
+
+
 class Elsewhere:
     """A sampler that is not the policy: its log-probs are off by what is asked for."""
 
@@ -156,13 +162,14 @@ def test_what_another_sampler_drew_is_weighed_by_how_likely_the_policy_finds_it(
     start, mode, bounds
 ):
     low, high = bounds
-    trainer = start(
+    trainer = start()
+    as_if_by_vllm(
+        trainer,
+        shift=-0.05,
         vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_min=low,
         vllm_importance_sampling_clip_max=high,
     )
-    rollout = Elsewhere(trainer.sampler.rollout, shift=-0.05)
-    trainer.sampler.rollout = rollout
     (batch,), metrics = trainer.collect(1, {})
     for i in range(32):
         one = batch.select([i])
@@ -181,17 +188,16 @@ def test_what_another_sampler_drew_is_weighed_by_how_likely_the_policy_finds_it(
 
 
 def test_the_correction_can_be_left_out(start):
-    trainer = start(vllm_importance_sampling_correction=False)
-    trainer.sampler.rollout = Elsewhere(trainer.sampler.rollout, shift=-0.05)
+    trainer = start()
+    as_if_by_vllm(trainer, shift=-0.05, vllm_importance_sampling_correction=False)
     (batch,), _ = trainer.collect(1, {})
     assert batch.old_logps is not None
     assert batch.importance_weights is None
 
 
 def test_the_importance_of_what_the_policy_itself_would_sample_is_1(start):
-    trainer = start(vllm_importance_sampling_mode="token_truncate")
-    rollout = Elsewhere(trainer.sampler.rollout, shift=0.0)
-    trainer.sampler.rollout = rollout
+    trainer = start()
+    as_if_by_vllm(trainer, shift=0.0, vllm_importance_sampling_mode="token_truncate")
     _, metrics = trainer.collect(1, {})
     assert metrics["frac_reward_zero_std"] > 0  # whose completions are not run
     for what in ("min", "mean", "max"):

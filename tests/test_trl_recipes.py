@@ -114,6 +114,7 @@ def test_advice_names_options_that_there_are():
 def test_what_has_another_name_or_other_values_is_translated(name):
     value, becomes = (TRANSLATED | OLDER)[name]
     needed = {"use_vllm": True} if name.startswith("vllm_") else {}
+    needed |= {"report_to": ["wandb"]} if name == "wandb_project" else {}
     config = config_from({name: value, **needed})
     assert config == config_from(becomes | needed)
     flat = config.flat()
@@ -126,7 +127,8 @@ def test_the_defaults_of_trl_written_out_run(classes, tmp_path):
     values = {k: x for name in classes for k, x in OPTIONS["defaults"][name].items()}
     path.write_text(yaml.safe_dump(values))
     config = load_config(path)
-    expected = {"use_bias_correction_kl": True, "per_device_eval_batch_size": 8}
+    # TRL's default of use_bias_correction_kl, true, says nothing at its beta of 0.
+    expected = {"per_device_eval_batch_size": 8}
     expected |= {"num_completions_to_log": 0}  # log_completions: false
     if len(classes) > 1:
         expected |= {"dataset_test_split": "test"}

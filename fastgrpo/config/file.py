@@ -1,16 +1,17 @@
 """From flat YAML and key=value to a `TrainConfig`.
 
-An unknown key, a value of the wrong type and a value out of range are errors that name the key;
-all of them are reported together.
+An unknown key, a value of the wrong type, one out of range and one without effect are errors that
+name the key; all of them are reported together.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +20,20 @@ import yaml
 from fastgrpo_kernels import GRPOLossConfig
 
 from .checks import ConfigError
-from .train import LOSS_KEYS, TrainConfig
+from .effects import OF_TRAINING, switched_off
+from .train import DEFAULTS, LOSS_KEYS, TrainConfig
 from .trl import translate
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """Read a YAML file, put `key=value` overrides over it, and check everything.
 
+    An option of the file that an override leaves without effect, as `beta=0` does with
+    `kl_estimator`, is as if the file did not have it.
+
     Raises:
-        ConfigError: the file, a key or a value is wrong; every problem found is in the message.
+        ConfigError: the file, a key or a value is wrong; every problem found is in the message, in
+            the order of the file.
     """
     path = Path(path)
     try:
@@ -44,6 +50,52 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
     counts = Counter(key.value for key, _ in yaml.compose(text).value) if values else Counter()
     problems = [f"{key}: is given {n} times" for key, n in counts.items() if n > 1]
+    over = _parse(overrides)
+    # What is overridden may be wrong, or another name of what it is overridden with.
+    first, of_file = translate({k: v for k, v in values.items() if k not in over}, values | over)
+    second, of_overrides = translate(over, values | over)
+    problems += [*of_file, *of_overrides]
+    try:
+        return _build(first | second, problems, order=values | over, overrides=second)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}") from None
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """Build a configuration from flat keys and values, ours or TRL's.
+
+    Raises:
+        ConfigError: unknown keys (with the nearest name) and wrong values, all together, in the
+            order of `values`.
+    """
+    return _build(*translate(values), order=values)
+
+
+def check_overrides_of_eval(overrides: Iterable[str]) -> None:
+    """Refuse overrides that measuring a model has no use for.
+
+    Raises:
+        ConfigError: names them.
+    """
+    keys, _ = translate(_parse(overrides))
+    problems = [
+        f"{key}: is of training, and `fastgrpo eval` does not train; "
+        + ("--out says where results go" if key == "output_dir" else "leave it out")
+        for key in keys
+        if key in OF_TRAINING
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def suggestion(key: str) -> str | None:
+    """Return the key that is meant by a name that is none, if there is one like it."""
+    name = key.lower().replace("-", "_")
+    nearest = difflib.get_close_matches(name, DEFAULTS, 1, 0.6)
+    return _MEANT.get(name, nearest[0] if nearest else None)
+
+
+def _parse(overrides: Iterable[str]) -> dict[str, Any]:
     over: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -53,55 +105,67 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
             over[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {value!r} cannot be read as YAML: {error}") from None
-    # What is overridden may be wrong, or another name of what it is overridden with.
-    first, of_file = translate({k: v for k, v in values.items() if k not in over}, values | over)
-    second, of_overrides = translate(over, values | over)
-    try:
-        return _build(first | second, [*problems, *of_file, *of_overrides])
-    except ConfigError as error:
-        raise ConfigError(f"{path}:\n{error}") from None
+    return over
 
 
-def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """Build a configuration from flat keys and values, ours or TRL's.
+def _build(
+    values: Mapping[str, Any],
+    refused: Sequence[str],
+    *,
+    order: Collection[str],
+    overrides: Collection[str] = (),
+) -> TrainConfig:
+    """Build a configuration, or say all that is wrong.
 
-    Raises:
-        ConfigError: unknown keys (with the nearest name) and wrong values, all together.
+    Args:
+        values: by our keys.
+        refused: problems found before.
+        order: the keys as they were given, in whose order problems are told.
+        overrides: keys that win over what else is said by the others.
     """
-    return _build(*translate(values))
-
-
-def _build(values: Mapping[str, Any], refused: Sequence[str]) -> TrainConfig:
-    """Build a configuration, unless something was refused before: then say all that is wrong."""
-    own = typing.get_type_hints(TrainConfig)
-    del own["loss"]
-    loss = {k: v for k, v in typing.get_type_hints(GRPOLossConfig).items() if k in LOSS_KEYS}
-    problems: list[str] = []
-    arguments: dict[str, Any] = {}
+    hints = typing.get_type_hints(GRPOLossConfig) | typing.get_type_hints(TrainConfig)
+    problems, wrong, arguments = list(refused), set(map(_key_of, refused)), dict[str, Any]()
     for key, value in values.items():
-        hint = own.get(key, loss.get(key))
-        if hint is None:
-            nearest = difflib.get_close_matches(str(key), [*own, *loss], 1, 0.6)
-            suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
-            problems.append(f"{key}: unknown key{suggestion}")
+        if key not in DEFAULTS:
+            meant = suggestion(str(key))
+            problems.append(f"{key}: unknown key{f'; did you mean {meant}?' if meant else ''}")
+            wrong.add(meant or "")
             continue
         try:
-            arguments[key] = _convert(value, hint)
+            arguments[key] = _convert(value, hints[key])
         except ConfigError as error:
             problems.append(f"{key}: {error}")
-    if problems:
-        raise ConfigError("\n".join([*refused, *problems]))
+            wrong.add(key)
+    for key in switched_off(DEFAULTS | arguments, DEFAULTS, overrides):
+        arguments.pop(key, None)
+    loss = {key: arguments.pop(key) for key in LOSS_KEYS if key in arguments}
+    while True:  # it tells of one problem at a time
+        try:
+            loss_config = GRPOLossConfig(**loss, max_completion_length=1)
+            break
+        except ValueError as error:
+            key = _key_of(str(error))
+            problems.append(str(error).replace(f"{key} must", f"{key}: must", 1))
+            wrong.add(key)
+            del loss[key]
     try:
-        loss_config = GRPOLossConfig(
-            **{key: arguments.pop(key) for key in loss if key in arguments},
-            max_completion_length=arguments.get("max_completion_length", 1),
-        )
         config = TrainConfig(**arguments, loss=loss_config)
-    except ValueError as error:
-        raise ConfigError("\n".join([*refused, str(error)])) from None
-    if refused:
-        raise ConfigError("\n".join(refused))
-    return config
+        if not problems:
+            return config
+    except ConfigError as error:
+        # What was found out about a value that is wrong says nothing.
+        problems += [x for x in str(error).splitlines() if wrong.isdisjoint(_WORD.findall(x))]
+    places = {str(key): place for place, key in enumerate(order)}
+    problems.sort(key=lambda problem: places.get(_key_of(problem), len(places)))
+    raise ConfigError("\n".join(problems)) from None
+
+
+_WORD = re.compile(r"[^\s:='\"]+")
+
+
+def _key_of(problem: str) -> str:
+    """Return the key that a sentence about a problem begins with."""
+    return _WORD.findall(problem)[0]
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -137,3 +201,31 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 _NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+_MEANT = {
+    name: key
+    for key, names in {
+        "model_name_or_path": "model model_name model_path model_id pretrained",
+        "dataset_name": "dataset data data_path train_dataset train_files dataset_path",
+        "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size bs",
+        "learning_rate": "lr",
+        "lr_scheduler_type": "scheduler lr_scheduler schedule",
+        "optim": "optimizer",
+        "num_train_epochs": "epochs num_epochs total_epochs",
+        "max_steps": "steps num_steps total_training_steps",
+        "gradient_accumulation_steps": "grad_accum gradient_accumulation",
+        "max_grad_norm": "grad_clip clip_grad gradient_clipping",
+        "reward_funcs": "reward rewards reward_fn reward_func reward_function",
+        "num_generations": "group_size n num_samples rollout_n",
+        "max_completion_length": "max_new_tokens max_tokens max_response_length response_length",
+        "beta": "kl_coef kl_beta kl_loss_coef init_kl_coef",
+        "epsilon_low": "clip_ratio_low clip_range cliprange clip_ratio",
+        "epsilon_high": "clip_ratio_high",
+        "loss_type": "loss algorithm algo",
+        "use_peft": "lora peft",
+        "lora_r": "lora_rank rank",
+        "output_dir": "output out run_dir save_dir",
+        "report_to": "logger tracker wandb",
+    }.items()
+    for name in names.split()
+}
+"""Names of other trainers and of everyday speech, which no nearest name would find."""

@@ -68,7 +68,7 @@ class ModelOptions:
     ref_model_sync_steps: int = 512
     """Optimisation steps between two such moves."""
 
-    def model_problems(self, *, beta: float) -> Iterator[str]:
+    def model_problems(self) -> Iterator[str]:
         """Yield what is wrong with these values."""
         yield from at_least(self, 1, "lora_r", "ref_model_sync_steps")
         yield from above_zero(self, "lora_alpha")
@@ -92,8 +92,3 @@ class ModelOptions:
                 f"ref_model_mixup_alpha: below 0.5 steps of one unit in the last place are rounded "
                 f"away, got {self.ref_model_mixup_alpha}; use 0.5 or more, or dtype: float32"
             )
-        for name in ("sync_ref_model", "offload_ref_model"):
-            if getattr(self, name) and beta == 0:
-                yield f"{name}: there is no reference when beta is 0"
-            elif getattr(self, name) and self.use_peft:
-                yield f"{name}: with use_peft the reference is the model without its adapters"

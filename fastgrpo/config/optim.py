@@ -62,10 +62,6 @@ class OptimOptions:
         yield from below_one(self, "adam_beta1", "adam_beta2")
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             yield f"warmup_steps: must be whole, or a share below 1, got {self.warmup_steps}"
-        if self.lr_scheduler_type == "constant" and self.warmup_steps:
-            yield "warmup_steps: lr_scheduler_type: constant has none; take constant_with_warmup"
-        if self.lr_scheduler_type.startswith("constant") and self.lr_scheduler_kwargs:
-            yield f"lr_scheduler_kwargs: {self.lr_scheduler_type} takes none; leave them out"
         if dtype == "bfloat16" and self.bf16_updates is None and not use_peft:
             yield (
                 "dtype: in bfloat16 updates at RL learning rates are below one unit in the last "

@@ -19,7 +19,7 @@ class OutputOptions:
     output_dir: str | None = None
     """Run directory, which must not exist or be empty. None: a new one under `runs/`."""
     run_name: str | None = None
-    """What trackers call the run; None: the name of its directory."""
+    """What trackers and the report call the run; None: the name of its directory."""
     report_to: list[str] = field(default_factory=list[str])
     """Trackers beside metrics.jsonl: tensorboard, wandb, trackio; `all`: those installed."""
     project: str = "huggingface"
@@ -38,8 +38,8 @@ class OutputOptions:
     eval_on_start: bool = False
     """Evaluate before the first step too."""
     per_device_eval_batch_size: int | None = None
-    """Completions sampled together in evaluations, those of one prompt at least; None: as many as
-    a training step has."""
+    """Completions sampled together in evaluations, of `fastgrpo eval` too, those of one prompt at
+    least; None: as many as a training step has."""
     num_generations_eval: int | None = None
     """Completions of each prompt in evaluations during training; None: num_generations."""
     max_eval_samples: int | None = None
@@ -66,14 +66,6 @@ class OutputOptions:
             "save_total_limit",
         )
         yield from at_least(self, 0, "num_completions_to_log")
-        if self.eval_strategy != "steps" and self.eval_steps is not None:
-            yield "eval_steps: has no effect without eval_strategy: steps"
-        if self.eval_strategy == "no":
-            for name in ("eval_on_start", "num_generations_eval"):
-                if getattr(self, name):
-                    yield f"{name}: has no effect with eval_strategy: no"
-        if self.save_strategy == "no" and self.save_total_limit is not None:
-            yield "save_total_limit: has no effect with save_strategy: no"
 
 
 def is_due(strategy: Strategy, every: int, step: int, steps_per_epoch: Fraction) -> bool:

@@ -53,19 +53,6 @@ class RewardOptions:
                 yield f"reward_funcs: must be names such as 'my_rewards.py:brevity', got {name!r}"
         if not all(map(math.isfinite, self.reward_weights or [])):
             yield f"reward_weights: must be finite, got {self.reward_weights}"
-        own = {"scale_rewards": "group", "advantage_baseline": "mean"}
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            for name, value in own.items():
-                if getattr(self, name) != value:
-                    yield (
-                        f"{name}: {getattr(self, name)} has no effect with "
-                        "multi_objective_aggregation: normalize_then_sum, which compares each "
-                        f"reward with the mean of its group and scales it; leave {name} out"
-                    )
-        if self.scale_rewards == "none":
-            for name, value in {"advantage_std": "sample", "advantage_eps": 1e-4}.items():
-                if getattr(self, name) != value:
-                    yield f"{name}: has no effect with scale_rewards: none, which divides by 1"
         yield from above_zero(self, "reward_timeout")
         yield from at_least(self, 0, "advantage_eps")
         yield from at_least(self, 1, "soft_punish_cache")

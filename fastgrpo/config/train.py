@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 from fastgrpo_kernels import GRPOLossConfig
 
 from .checks import ConfigError, above_zero, at_least
 from .data import DataOptions
+from .effects import without_effect
 from .loss import LossOptions
 from .model import ModelOptions
 from .optim import OptimOptions
@@ -65,15 +66,26 @@ class TrainConfig(  # the fields of the last come first in config.yaml
     loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
     """The loss; its temperature and max_completion_length are those above."""
 
+    def __new__(cls, **values: Any) -> Self:
+        """Say of an argument that is none where the keys of YAML are taken.
+
+        Raises:
+            TypeError: names it.
+        """
+        for name in values.keys() - cls.__dataclass_fields__.keys():
+            raise TypeError(
+                f"TrainConfig has no argument {name!r}; config_from({{{name!r}: ...}}) takes every "
+                "key of YAML, those of the loss too, and names the nearest of one that is none"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         problems: list[str] = []
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
                 problems.append(f"{f.name}: must be finite, got {value}")
-            elif self.task is not None and f.name in _NOT_WITH_TASK and value != f.default:
-                problems.append(f"{f.name}: task makes its own model and dataset; leave it out")
-        problems += self.model_problems(beta=self.loss.beta)
+        problems += self.model_problems()
         problems += self.data_problems()
         problems += self.rollout_problems()
         problems += self.reward_problems()
@@ -82,7 +94,8 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         problems += self.output_problems()
         problems += self._batch_problems()
         problems += self._vllm_problems()
-        problems += self._ignored()
+        values = self.flat()
+        problems += [need.problem(key, values) for key, need in without_effect(values, DEFAULTS)]
         if problems:
             raise ConfigError("\n".join(problems))
         object.__setattr__(
@@ -140,17 +153,6 @@ class TrainConfig(  # the fields of the last come first in config.yaml
                     f"are packed; {remedy}"
                 )
 
-    def _ignored(self) -> Iterator[str]:
-        """Yield the options that say something about what is switched off."""
-        fields = {f.name: f.default for f in dataclasses.fields(self)}
-        measures = self.test_split is not None or self.dataset_name is None
-        if self.max_eval_samples is not None and not measures:
-            yield "max_eval_samples: has no effect without dataset_test_split"
-        for switch, names in _OPTIONS_OF.items():
-            for name in names:
-                if not getattr(self, switch) and getattr(self, name) != fields[name]:
-                    yield f"{name}: has no effect without {switch}: true"
-
     def _vllm_problems(self) -> Iterator[str]:
         if self.use_vllm and self.load_in_4bit:
             yield "use_vllm: vLLM cannot take 4-bit weights from training; leave load_in_4bit out"
@@ -170,10 +172,16 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         """Split of the dataset that is measured, if any."""
         return self.dataset_test_split or (None if self.eval_strategy == "no" else "test")
 
-    @property
-    def limits(self) -> dict[str, int]:
-        """Tokens that prompt and completion may have together, by the key that says so."""
-        limits = {"max_tokens_per_microbatch": self.max_tokens_per_microbatch}
+    def limits(self, positions: int) -> dict[str, int]:
+        """Return the tokens that prompt and completion may have together, by what has that room.
+
+        Args:
+            positions: of the model.
+        """
+        limits = {
+            "the model": positions,
+            "max_tokens_per_microbatch": self.max_tokens_per_microbatch,
+        }
         if self.use_vllm:
             limits["vllm_max_model_length"] = self.vllm_max_model_length
         return {name: limit for name, limit in limits.items() if limit is not None}
@@ -214,40 +222,15 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         return values | {name: getattr(self.loss, name) for name in LOSS_KEYS}
 
 
-_NOT_WITH_TASK = (
-    "model_name_or_path",
-    "model_revision",
-    "attn_implementation",
-    "dtype",
-    "load_in_4bit",
-    "dataset_name",
-    "dataset_config",
-    "dataset_train_split",
-    "dataset_test_split",
-    "prompt_column",
-    "system_prompt",
-    "chat_template_kwargs",
-)
-_OPTIONS_OF = {
-    "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-    "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
-    "sync_ref_model": ("ref_model_mixup_alpha", "ref_model_sync_steps"),
-    "dynamic_sampling": ("max_resample_rounds",),
-    "use_adaptive_entropy": (
-        "entropy_coef_min",
-        "entropy_coef_max",
-        "entropy_coef_delta",
-        "entropy_target",
-    ),
-    "use_vllm": (
-        "vllm_gpu_memory_utilization",
-        "vllm_max_model_length",
-        "vllm_enable_sleep_mode",
-    ),
-}
 LOSS_KEYS = tuple(
     f.name
     for f in dataclasses.fields(GRPOLossConfig)
     # The first two are keys of their own; the others are the model's business.
     if f.name not in ("temperature", "max_completion_length", "logit_scale", "logit_softcap")
 )
+DEFAULTS: dict[str, Any] = {
+    f.name: f.default if f.default_factory is MISSING else f.default_factory()
+    for f in (*dataclasses.fields(GRPOLossConfig), *dataclasses.fields(TrainConfig))
+    if f.name in {*LOSS_KEYS, *TrainConfig.__dataclass_fields__} - {"loss"}
+}
+"""What each key of YAML has that is left out."""

@@ -136,9 +136,13 @@ def _warmup_ratio(value: Any, source: Values, run: Values) -> dict[str, Any]:
     return {"warmup_steps": value}
 
 
-def _lora_dropout(value: Any, source: Values, run: Values) -> dict[str, Any]:
-    # TRL's default, which is not ours, says nothing where there are no adapters.
-    return {} if value == 0.05 and not run.get("use_peft") else {"lora_dropout": value}
+def _default_of_trl(key: str, default: Any, has_effect: Callable[[Values], Any]) -> Change:
+    """Return a change that drops TRL's default, which is not ours, where it has no effect."""
+
+    def change(value: Any, source: Values, run: Values) -> dict[str, Any]:
+        return {} if value == default and not has_effect(run) else {key: value}
+
+    return change
 
 
 def _steps(key: str) -> Change:
@@ -198,7 +202,10 @@ TRANSLATED: dict[str, Change] = {
     "report_to": _listed("report_to", none=[]),
     "reward_funcs": _reward_funcs,
     "lora_target_modules": _listed("lora_target_modules", **{"all-linear": None}),
-    "lora_dropout": _lora_dropout,
+    "lora_dropout": _default_of_trl("lora_dropout", 0.05, lambda run: run.get("use_peft")),
+    "use_bias_correction_kl": _default_of_trl(
+        "use_bias_correction_kl", True, lambda run: run.get("beta")
+    ),
     "logging_steps": _steps("logging_steps"),
     "eval_steps": _steps("eval_steps"),
     "save_steps": _steps("save_steps"),
