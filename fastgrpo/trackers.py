@@ -99,7 +99,11 @@ class WandB:
 
 
 class Trackio:
-    """A run of trackio, in its local database or, with TRACKIO_SPACE_ID, in a Space."""
+    """A run of trackio, in its local database or, with TRACKIO_SPACE_ID, in a Space.
+
+    The database has all runs of a project, for `trackio show` to compare, and lies in trackio's
+    cache or in TRACKIO_DIR, which is read once, as trackio is imported: a run has no part in that.
+    """
 
     def __init__(self, config: TrainConfig, run_path: Path) -> None:
         self._trackio: Any = import_module("trackio")

@@ -344,16 +344,16 @@ def test_graded_rewards_between_0_and_1_are_no_percents(tmp_path):
     path = without_evaluations(tmp_path / "run")
     summary = {"steps": 40, "test": {"greedy": {"before": 0.37, "after": 0.5}}}
     (path / "summary.json").write_text(json.dumps(summary))
-    for given, value, unit, percent in (
-        ([0.0, 1.0, None], "37.0% → 50.0%", "share of prompts", True),
-        ([0.0, 0.37, None], "0.37 → 0.5", "reward or share, mean over prompts", False),
-        ([None], "0.37 → 0.5", "reward or share, mean over prompts", False),
+    graded = "Held-out reward and accuracy"
+    for given, value, title, percent in (
+        ([0.0, 1.0, None], "37.0% → 50.0%", "Held-out accuracy", True),
+        ([0.0, 0.37, None], "0.37 → 0.5", graded, False),
+        ([None], "0.37 → 0.5", graded, False),
     ):
         write_lines(path / "rewards.jsonl", [{"step": 1, "rewards": {"accuracy": given}}])
         run = read_run(path)
         assert next(headline(run)).value == value
-        chart = chart_of(evaluations(run), "Held-out accuracy")
-        assert (chart.unit, chart.percent) == (unit, percent)
+        assert chart_of(evaluations(run), title).percent == percent
 
 
 @pytest.mark.parametrize("iterations", [1, 2])

@@ -232,8 +232,8 @@ def evaluations(run: RunFiles) -> Iterator[Chart]:
         share = run.binary or not (run.summary or {}).get("test")  # what eval/ has are shares
         errors = any(v is not None for s in series for v in s.low or ())
         yield Chart(
-            title="Held-out accuracy",
-            unit=("share of prompts" if share else "reward or share, mean over prompts")
+            title="Held-out accuracy" if share else "Held-out reward and accuracy",
+            unit=("share of prompts" if share else "rewards, and shares of prompts")
             + (", with confidence intervals" if errors else ""),
             x=[(step, step) for step in steps],
             series=series,
