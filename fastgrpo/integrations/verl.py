@@ -120,11 +120,10 @@ class PolicyLoss:
         )
         advantages_BT = torch.where(mask_BT, advantages, 0)
         clipped_BT, capped_BT = self._clipped(log_ratio_BT, advantages_BT, options)
-        weight_BT = mask_BT / mask_BT.sum().clamp(min=1)
-        means_3BT = torch.stack((clipped_BT.to(kl_BT), kl_BT, capped_BT.to(kl_BT))) * weight_BT
-        names: tuple[str, ...] = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+        reports_3BT = torch.stack((clipped_BT.to(kl_BT), kl_BT, capped_BT.to(kl_BT))) * mask_BT
         # One wait for the device, not one for each number.
-        means: list[float] = means_3BT.sum((1, 2)).tolist()
+        means: list[float] = (reports_3BT.sum((1, 2)) / mask_BT.sum().clamp(min=1)).tolist()
+        names: tuple[str, ...] = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
         return output.loss * scale, dict(zip(names, means, strict=True))
 
     def _options(self, loss_agg_mode: str, config: Any) -> GRPOLossConfig:
