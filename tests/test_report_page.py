@@ -64,11 +64,13 @@ def test_every_metric_has_a_chart(tmp_path):
 def test_a_metric_of_a_few_steps_is_drawn_at_these(tmp_path):
     path = made_up(tmp_path / "run")
     with open(path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 20, "eval_pass@4": 0.5}\n{"step": 40, "eval_pass@4": 0.75}\n')
-    _, own = others(read_run(path))
-    chart = chart_of(own, "eval_pass@4")
+        file.write('{"step": 20, "eval_completions/mean_length": 5, "eval_hints": 1}\n')
+        file.write('{"step": 40, "eval_completions/mean_length": 7}\n')
+    logged, own = others(read_run(path))
+    chart = chart_of(own, "eval_completions/mean_length")
     assert [x[0] for x in chart.x] == [20, 40]
-    assert chart.series[0].values == [0.5, 0.75]
+    assert (chart.style, chart.series[0].values) == ("points", [5, 7])
+    assert chart_of(logged, "eval_hints").series[0].values == [1]
 
 
 def test_a_run_of_objects_says_so(tmp_path):

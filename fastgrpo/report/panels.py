@@ -193,12 +193,14 @@ def others(run: RunFiles) -> tuple[list[Chart], list[Chart]]:
     for name in names:
         lines = [line for line in run.metrics if number(line.get(name))]
         series = Series(name=name, key=name, values=column(lines, name))
-        (own if is_reserved(name) else logged).append(
+        ours = is_reserved(name.removeprefix("eval_"))
+        (own if ours else logged).append(
             Chart(
                 title=name,
-                unit="as in metrics.jsonl" if is_reserved(name) else "logged by a reward function",
+                unit="as in metrics.jsonl" if ours else "logged by a reward function",
                 x=steps_of(lines),
                 series=[binned(series, bin_width(len(lines)))],
+                style="points" if name.startswith("eval_") else "lines",
             )
         )
     return logged, own
