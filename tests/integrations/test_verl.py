@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from policy_cases import make_batch
-from small_models import small_model
+from small_models import save_small_model, small_model
 from torch import nn
+
+from fastgrpo.integrations.verl_head import forward_with_fastgrpo_backend
 
 pytestmark = pytest.mark.peers
 
@@ -22,6 +24,7 @@ dense_common: Any = pytest.importorskip("verl.models.transformers.dense_common")
 monkey_patch: Any = pytest.importorskip("verl.models.transformers.monkey_patch")
 losses: Any = pytest.importorskip("verl.workers.utils.losses")
 import_utils: Any = pytest.importorskip("verl.utils.import_utils")
+tensordict: Any = pytest.importorskip("tensordict")
 configs: Any = pytest.importorskip("verl.workers.config")
 
 MODES = [
@@ -43,7 +46,7 @@ REL = 2e-8
 
 @pytest.fixture(autouse=True)
 def external_lib():
-    """Do what verl's worker does with `external_lib`."""
+    """Do what verl's HFModelConfig does with `external_lib`, in every worker."""
     import_utils.import_external_libs("fastgrpo.integrations.verl")
 
 
@@ -145,7 +148,6 @@ def test_the_signature_is_verls():
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum-norm"])
 def test_verls_worker_trains_with_it(mode):
     """Run verl's own `ppo_loss`, with its entropy bonus, KL loss and nested tensors."""
-    tensordict: Any = pytest.importorskip("tensordict")
     responses = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     lengths = [3 + int(n) for n in responses.sum(-1)]  # prompts of 3 tokens
     generator = torch.Generator().manual_seed(0)
@@ -249,6 +251,62 @@ def test_the_fused_head_is_verls_torch_backend(put_back, family, tie, layout):
         assert (grad - their_grads[name]).abs().max() <= 2e-5 * scale, name
 
 
+@pytest.mark.filterwarnings("ignore")  # of verl's engine, on import
+def test_verls_engine_builds_the_model_from_the_two_options(put_back, tmp_path):
+    """Run verl's FSDP engine from its options to what its loss gets, on a CPU and not sharded."""
+    engines: Any = pytest.importorskip("verl.workers.engine.fsdp.transformer_impl")
+    tu: Any = pytest.importorskip("verl.utils.tensordict_utils")
+    path = save_small_model(tmp_path / "model", "qwen2", tie=True)
+    put_back(small_model("qwen2"))
+
+    def nested(*values: torch.Tensor) -> Any:
+        return torch.nested.as_nested_tensor(list(values), layout=torch.jagged)
+
+    def outputs(backend: str) -> Any:
+        engine = engines.FSDPEngineWithLMHead.__new__(engines.FSDPEngineWithLMHead)
+        engine.model_config = configs.HFModelConfig(
+            path=path,
+            external_lib="fastgrpo.integrations.verl",
+            use_fused_kernels=True,
+            fused_kernel_options={"impl_backend": backend},
+            override_config={"attn_implementation": "eager"},
+            use_remove_padding=False,
+            enable_gradient_checkpointing=False,
+        )
+        engine.engine_config = configs.FSDPEngineConfig(strategy="fsdp2", model_dtype="fp32")
+        # What `__init__` sets from the configuration and from a process group of GPUs.
+        engine.device_mesh, engine.pad_to_length = None, False
+        engine.use_remove_padding = engine.use_ulysses_sp = False
+        engine.ulysses_sequence_parallel_size = 1
+        engine.module = engine._build_module()
+        batch = tensordict.TensorDict(
+            {
+                "input_ids": nested(torch.arange(3, 8), torch.arange(10, 14)),
+                "position_ids": nested(torch.arange(5), torch.arange(4)),
+            },
+            batch_size=2,
+        )
+        tu.assign_non_tensor(
+            batch,
+            use_fused_kernels=True,
+            use_remove_padding=False,
+            temperature=0.7,
+            calculate_entropy=True,
+        )
+        inputs, others = engine.prepare_model_inputs(batch)
+        output = engine.module(**inputs, use_cache=False)
+        return type(engine.module).forward, engine.prepare_model_outputs(
+            output=output, output_args=others, micro_batch=batch, logits_processor_func=None
+        )
+
+    forward, ours = outputs("fastgrpo")
+    assert forward is forward_with_fastgrpo_backend
+    _, theirs = outputs("torch")
+    assert ours.keys() == theirs.keys() == {"log_probs", "entropy"}
+    for name, value in ours.items():
+        torch.testing.assert_close(value.values(), theirs[name].values(), rtol=2e-6, atol=2e-6)
+
+
 def test_the_bias_of_a_head_counts(put_back):
     """verl's own backends leave it out."""
     model = put_back(small_model("llama", tie=False))
@@ -273,7 +331,5 @@ def test_verls_other_backends_are_still_verls(put_back):
 
 
 def test_the_arguments_of_the_forward_are_verls():
-    from fastgrpo.integrations.verl_head import forward_with_fastgrpo_backend
-
     names = inspect.signature(dense_common.forward_with_torch_backend).parameters
     assert list(inspect.signature(forward_with_fastgrpo_backend).parameters) == list(names)
