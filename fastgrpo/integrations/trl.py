@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -69,7 +70,7 @@ class _FusedLoss:
         policy = self.accelerator.unwrap_model(self.model)
         policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         scale, softcap = self._agree_on_head(policy)
-        self._loss_config = replace(config, logit_scale=scale, logit_softcap=softcap)
+        self._loss_config = _replaced(config, logit_scale=scale, logit_softcap=softcap)
         reference = self.ref_model and self.accelerator.unwrap_model(self.ref_model)
         for model in (policy, reference):
             if model is not None:
@@ -389,6 +390,8 @@ def loss_config(args: Any) -> GRPOLossConfig:
 
 
 @functools.lru_cache(maxsize=4)
-def _replaced(config: GRPOLossConfig, **changes: float) -> GRPOLossConfig:
-    """Replace once, not in every micro-batch: what cannot be well is warned of each time."""
-    return replace(config, **changes)  # pyright: ignore[reportArgumentType]
+def _replaced(config: GRPOLossConfig, **changes: float | None) -> GRPOLossConfig:
+    """Change what was warned of when it was made, if there was reason to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return replace(config, **changes)  # pyright: ignore[reportArgumentType]

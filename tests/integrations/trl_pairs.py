@@ -27,15 +27,26 @@ from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402 - after the 
 B, P, T = 6, 5, 7
 
 
+def no_reward(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
 def make_trainer(
-    trainer_class: Any, model: Any, directory: Path, *, peft_config: Any = None, **options: Any
+    trainer_class: Any,
+    model: Any,
+    directory: Path,
+    *,
+    peft_config: Any = None,
+    reward: Callable[..., list[float]] = no_reward,
+    **options: Any,
 ) -> Any:
     """Make a trainer of a copy of a model, as far as it is before its first step."""
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    prompts = datasets.Dataset.from_dict({"prompt": ["1+1", "2+3", "45", "a?"] * 4})
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL's, transformers' and, of bad options, ours
         trainer = trainer_class(
             copy.deepcopy(model),
-            lambda completions, **_: [0.0] * len(completions),
+            reward,
             args=trl.GRPOConfig(
                 output_dir=str(directory),
                 use_cpu=True,
@@ -51,7 +62,8 @@ def make_trainer(
                     **options,
                 },
             ),
-            train_dataset=datasets.Dataset.from_dict({"prompt": ["1+1"] * 8}),
+            train_dataset=prompts,
+            eval_dataset=prompts,
             processing_class=small_tokenizer(),
             peft_config=peft_config,
         )
@@ -70,10 +82,11 @@ class Pair:
     @classmethod
     def make(cls, directory: Path, model: Any = None, **options: Any) -> Pair:
         model = saved_model(directory) if model is None else model
-        return cls(
-            make_trainer(trl.GRPOTrainer, model, directory, **options),
-            make_trainer(FastGRPOTrainer, model, directory, **options),
-        )
+        with torch.random.fork_rng():  # their constructor seeds the global one
+            return cls(
+                make_trainer(trl.GRPOTrainer, model, directory, **options),
+                make_trainer(FastGRPOTrainer, model, directory, **options),
+            )
 
     def set(self, **attributes: Any) -> Pair:
         for trainer in (self.theirs, self.ours):

@@ -1,0 +1,347 @@
+"""`FastGRPOTrainer` as a user meets it: what it refuses, adapters, whole runs, what it costs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl_pairs import (
+    Pair,
+    assert_same,
+    drifted,
+    make_trainer,
+    micro_batch,
+    policy_logps,
+    result_of,
+    saved_model,
+    trl,
+)
+
+from benchmarks.measure import FlopCounter, LiveBytes
+from fastgrpo.integrations.trl import FastGRPOTrainer, accelerate_trl
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # TRL's own
+]
+
+
+def test_it_takes_the_arguments_of_grpo_trainer() -> None:
+    assert inspect.signature(FastGRPOTrainer) == inspect.signature(trl.GRPOTrainer)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"epsilon": 0.2, "delta": 1.1},
+            r"delta must be .* above 1 \+ epsilon_high = 1.2, got 1.1",
+        ),
+        ({"epsilon": 1.5}, "epsilon_low must be at most 1"),
+        ({"sapo_temperature_pos": 0.0, "loss_type": "sapo"}, "sapo_temperature_pos must be"),
+        (
+            {"loss_type": "vespo", "importance_sampling_level": "sequence", "beta": 0.1},
+            "importance_sampling_level='sequence' with loss_type='vespo' .*use_bias_correction_kl",
+        ),
+        ({"loss_type": "gspo"}, "loss_type must be one of .*, got 'gspo'"),
+    ],
+)
+def test_what_our_loss_lacks_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        FastGRPOTrainer(
+            str(tmp_path / "no such model"),
+            lambda completions, **_: [0.0] * len(completions),
+            args=trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options),
+        )
+
+
+def test_zero_stage_3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastgrpo.integrations.trl as module
+
+    # DeepSpeed itself is not needed to say no to it.
+    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="deepspeed: ZeRO stage 3"):
+        make_trainer(FastGRPOTrainer, saved_model(tmp_path), tmp_path)
+
+
+def test_a_head_that_cannot_be_expressed_is_refused(tmp_path: Path) -> None:
+    model = saved_model(tmp_path)
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: logits.sin())
+    with pytest.raises(ValueError, match="cannot express the LM head of Qwen3ForCausalLM"):
+        make_trainer(FastGRPOTrainer, model, tmp_path)
+
+
+def test_cispo_with_a_cap_below_one_is_warned_of(tmp_path: Path) -> None:
+    from fastgrpo.integrations.trl import loss_config
+
+    with pytest.warns(UserWarning, match="caps ratios at epsilon_high itself, and 0.2"):
+        loss_config(trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, loss_type="cispo"))
+    pair = Pair.make(tmp_path, loss_type="cispo")
+    assert_same(pair, dict(micro_batch()))
+
+
+# Adapters
+
+
+def lora(**options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options
+    )
+
+
+def test_lora_with_the_bare_model_as_reference(tmp_path: Path) -> None:
+    pair = Pair.make(tmp_path, peft_config=lora(), beta=0.2)
+    inputs: dict[str, Any] = dict(micro_batch())
+    assert pair.ours.ref_model is None
+    for trainer in (pair.theirs, pair.ours):
+        with trainer.model.disable_adapter():
+            inputs["ref_per_token_logps"] = policy_logps(trainer, inputs)
+    theirs = assert_same(pair, inputs)
+    assert theirs.metrics["kl"][0] > 0.01
+    assert all("lora" in name for name in theirs.grads)
+
+
+def test_lora_beside_a_head_that_is_trained_whole(tmp_path: Path) -> None:
+    model = saved_model(tmp_path, tie=False)
+    pair = Pair.make(tmp_path, model, peft_config=lora(modules_to_save=["lm_head"]))
+    theirs = assert_same(pair, dict(micro_batch()))
+    heads = [x for name, x in theirs.grads.items() if "lm_head" in name]
+    assert len(heads) == 1 and heads[0].abs().sum() > 0
+
+
+def test_virtual_tokens_before_the_prompt(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    pair = Pair.make(tmp_path, peft_config=config)
+    theirs = assert_same(pair, dict(micro_batch()))
+    assert len(theirs.grads) == 1
+
+
+def test_an_adapter_on_the_head_is_refused_as_by_trl(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"])
+    for trainer_class in (trl.GRPOTrainer, FastGRPOTrainer):
+        with pytest.raises(ValueError, match="lm_head"):
+            model = saved_model(tmp_path, tie=False)
+            make_trainer(trainer_class, model, tmp_path, peft_config=config)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
+    pair = Pair.make(
+        tmp_path,
+        peft_config=lora(),
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    for trainer in (pair.theirs, pair.ours):  # as the training loop begins
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            trainer.model.enable_input_require_grads()
+    assert_same(pair, dict(micro_batch()))
+
+
+def test_experts_are_kept_in_balance(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    pair = Pair.make(tmp_path, model, router_aux_loss_coef=0.5, gradient_accumulation_steps=2)
+    assert pair.ours.aux_loss_enabled
+    theirs = assert_same(pair, dict(micro_batch()))
+    assert theirs.metrics["aux_loss"][0] > 1
+
+
+# An existing trainer
+
+
+def test_a_trainer_that_exists_gets_the_loss(tmp_path: Path) -> None:
+    model = saved_model(tmp_path)
+    pair = Pair.make(tmp_path, model, beta=0.1, entropy_coef=0.1)
+    made = make_trainer(trl.GRPOTrainer, model, tmp_path, beta=0.1, entropy_coef=0.1)
+    assert accelerate_trl(made) is made and type(made) is FastGRPOTrainer
+    inputs: dict[str, Any] = dict(micro_batch())
+    inputs["ref_per_token_logps"] = drifted(policy_logps(made, inputs), 2)
+    assert_same(Pair(pair.theirs, made), inputs)
+    ours, its = result_of(pair.ours, inputs), result_of(made, inputs)
+    assert torch.equal(ours.loss, its.loss) and ours.metrics == its.metrics
+
+
+def test_a_subclass_keeps_what_it_adds(tmp_path: Path) -> None:
+    class Mine(trl.GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            return "mine"
+
+    made = accelerate_trl(make_trainer(Mine, saved_model(tmp_path), tmp_path))
+    assert isinstance(made, Mine) and type(made).__name__ == "FastMine"
+    assert made._generate_and_score_completions(None) == "mine"
+    assert_same(
+        Pair(make_trainer(Mine, saved_model(tmp_path), tmp_path), made), dict(micro_batch())
+    )
+
+
+def test_a_subclass_with_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    del GMPOConfig
+    made = make_trainer(trl.GRPOTrainer, saved_model(tmp_path), tmp_path)
+    made.__class__ = GMPOTrainer
+    with pytest.raises(TypeError, match="GMPOTrainer has a _compute_loss of its own"):
+        accelerate_trl(made)
+    assert type(made) is GMPOTrainer
+    with pytest.raises(TypeError, match=r"takes a trl.GRPOTrainer, got Linear"):
+        accelerate_trl(nn.Linear(1, 1))
+
+
+# Whole runs
+
+
+def sevens(completions: list[str], **_: Any) -> list[float]:
+    return [text.count("7") + 0.1 * len(set(text)) for text in completions]
+
+
+def train(trainer_class: Any, directory: Path, **options: Any) -> Any:
+    """Let a trainer sample and learn on CPU."""
+    model = saved_model(directory)
+    with torch.random.fork_rng():
+        trainer = make_trainer(trainer_class, model, directory, reward=sevens, **RUN | options)
+        trainer.train()
+    return trainer
+
+
+RUN = {
+    "max_steps": 6, "learning_rate": 1e-2, "save_strategy": "no", "max_completion_length": 8,
+    "adam_epsilon": 1e-4, "per_device_train_batch_size": 8, "num_generations": 4,
+    "logging_steps": 1,
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "dapo": {},
+    "several iterations, reference": {
+        "num_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "loss_type": "grpo",
+    },
+    "accumulation, adaptive entropy, truncated ones masked, evaluation": {
+        "gradient_accumulation_steps": 2, "use_adaptive_entropy": True, "entropy_target": 3.0,
+        "mask_truncated_completions": True, "eval_strategy": "steps", "eval_steps": 3,
+        "num_generations_eval": 2, "max_completion_length": 40,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_runs_from_the_same_seed_are_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    """They sample for themselves: one token of difference and the rewards would differ."""
+    theirs = train(trl.GRPOTrainer, tmp_path / "theirs", **options)
+    ours = train(FastGRPOTrainer, tmp_path / "ours", **options)
+    assert len(theirs.state.log_history) == len(ours.state.log_history) > 6
+    for wanted, found in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            if re.search("time|runtime|per_second", name):
+                continue
+            exact = re.search("reward|num_tokens|completions|epoch|step$", name)
+            if exact or wanted[name] is None:
+                assert found[name] == wanted[name], name
+            else:
+                assert found[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-5), name
+    rewards = [line["reward"] for line in ours.state.log_history if "reward" in line]
+    assert rewards[-1] > rewards[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes(tmp_path: Path, way: str) -> None:
+    """DDP: both trainers learn the same. FSDP2: gradients are those of whole models."""
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    script = [str(here / "trl_ranks.py"), way, str(tmp_path)]
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            *script,
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (root, root / "kernels", here.parent, here))),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.stdout.count("same\n") == 2, found.stderr[-3000:]
+
+
+# What it costs
+
+
+def test_fewer_flops_and_fewer_bytes_than_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a vocabulary as much larger than the hidden size as that of a language model."""
+    import trl.trainer.utils as utils
+
+    if hasattr(utils, "_use_triton"):  # on a GPU TRL's head leaves out the prompt, so here too
+        monkeypatch.setattr(utils, "_use_triton", lambda device: True)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=8192, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    pair = Pair.make(tmp_path, model)
+    g = torch.Generator().manual_seed(0)
+    inputs: dict[str, Any] = {
+        name: torch.randint(2, 8000, (8, length), generator=g)
+        for name, length in (("prompt_ids", 16), ("completion_ids", 64))
+    }
+    inputs |= {
+        "prompt_mask": torch.ones_like(inputs["prompt_ids"]),
+        "completion_mask": torch.ones_like(inputs["completion_ids"]),
+        "advantages": torch.randn(8, generator=g),
+        "num_items_in_batch": torch.tensor(8 * 64),
+    }
+    assert_same(pair, inputs)
+
+    def cost(trainer: Any) -> tuple[int, int]:
+        def step() -> None:
+            trainer._compute_loss(trainer.model, inputs).backward()
+
+        trainer.model.zero_grad()
+        with FlopCounter() as flops:
+            step()
+        with LiveBytes() as live:  # with the gradients of the model in place
+            step()
+        return flops.get_total_flops(), live.peak
+
+    def body() -> int:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        with FlopCounter() as flops:
+            pair.ours.model.model(ids, attention_mask=torch.ones_like(ids))[0].sum().backward()
+        return flops.get_total_flops()
+
+    (their_flops, their_bytes), (our_flops, our_bytes) = cost(pair.theirs), cost(pair.ours)
+    head = 8 * 64 * 64 * 8192
+    assert their_flops - body() == 8 * head
+    assert our_flops - body() == 6 * head
+    assert our_bytes < their_bytes / 4
