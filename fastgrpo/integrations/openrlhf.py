@@ -1,6 +1,7 @@
 """The loss in OpenRLHF (0.11.2): its `PolicyLoss`, computed with ours.
 
-OpenRLHF has no registry of losses. In `openrlhf/trainer/ray/ppo_actor.py` one import changes:
+OpenRLHF has no registry of losses: in `openrlhf/trainer/ray/ppo_actor.py`, `PolicyLoss` has to be
+imported from here.
 
     from fastgrpo.integrations.openrlhf import PolicyLoss
 
@@ -215,7 +216,7 @@ class PolicyLoss(nn.Module):
         else:
             factor_BT = log_ratio_BT.exp().masked_fill(outside, 0)
         filtered = _mean(outside.to(log_ratio_BT), counted)
-        return factor_BT.where(mask_BT, 0), -_mean(log_ratio_BT, mask_BT), filtered
+        return factor_BT, -_mean(log_ratio_BT, mask_BT), filtered
 
 
 def _mean(values_BT: Tensor, mask_BT: Tensor, dim: int | None = None) -> Tensor:

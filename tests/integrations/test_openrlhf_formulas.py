@@ -59,7 +59,7 @@ def make_loss(kind: str, **options) -> PolicyLoss:
         1 - LOW,
         HIGH - 1,
         CAP,
-        token_level_loss=kind == "tokens",
+        token_level_loss=kind != "sequences",  # gspo averages over sequences whatever this says
         policy_loss_type="gspo" if kind == "gspo" else "ppo",
         **options,
     )
