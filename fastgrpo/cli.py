@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, late = parser.parse_known_args(arguments)
     unknown = [argument for argument in late if argument.startswith("-")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        hints = "" if options.command == "report" else _as_overrides(unknown, given)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
     if late and options.command == "report":
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     overrides = [*getattr(options, "overrides", []), *late]
@@ -85,6 +87,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted before anything was written")
         return 130
+
+
+def _as_overrides(unknown: Sequence[str], arguments: Sequence[str]) -> str:
+    """Return how options that look like keys of a configuration are written."""
+    from .config import suggestion
+
+    said: list[str] = []
+    for option in unknown:
+        name, equals, value = option.lstrip("-").partition("=")
+        following = [*arguments[arguments.index(option) + 1 :], "-"][0]
+        if not equals and not following.startswith("-") and "=" not in following:
+            value = following
+        key = suggestion(name)
+        if key is not None:
+            said.append(f"{key}={value or 'VALUE'}")
+    return f"; keys of the configuration are written {' '.join(said)}" if said else ""
 
 
 def _complain(error: Exception | str, *more: str) -> None:
@@ -208,10 +226,12 @@ def evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from torch import OutOfMemoryError
 
     from . import evaluation
+    from .config import check_overrides_of_eval
     from .rewards import RewardError
     from .rollout_fn import RolloutError
 
     try:
+        check_overrides_of_eval(overrides)
         names = (f.name for f in dataclasses.fields(evaluation.EvalOptions))
         asked = evaluation.EvalOptions(**{name: getattr(options, name) for name in names})
         evaluation.evaluate(options.run, asked, overrides)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +48,11 @@ def load_prompts(
     """
     datasets = _datasets()
     path = Path(dataset_name).expanduser()
+    if config_name is not None and (path.is_file() or _is_saved_dataset(path)):
+        raise ValueError(
+            f"dataset_config: {str(path)!r} has no configurations, got {config_name!r}; leave "
+            "dataset_config out"
+        )
     if path.is_file():
         dataset = _load_file(datasets, path, split)
     elif _is_saved_dataset(path):
@@ -57,14 +63,14 @@ def load_prompts(
             f"it is looked up from the working directory {str(Path.cwd())!r}"
         )
     else:
+        for file in path.rglob("[!._]*.*") if path.is_dir() else ():
+            if file.suffix in FORMATS:
+                _check_not_empty(file)
         try:
             name = str(path) if path.exists() else dataset_name
             dataset = datasets.load_dataset(name, config_name, split=split)
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(
-                f"dataset {dataset_name!r} with config {config_name!r} and split {split!r} "
-                f"did not load: {error}; a folder must come from save_to_disk or hold data files"
-            ) from error
+            raise ValueError(_why_not_loaded(dataset_name, config_name, split, error)) from error
     return _checked(dataset, dataset_name, prompt_column)
 
 
@@ -88,8 +94,7 @@ def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
             f"dataset file {str(path)!r} is one split, 'train', so split {split!r} does not exist; "
             "use a folder with the files train and test"
         )
-    if path.stat().st_size == 0:
-        raise ValueError(f"dataset file {str(path)!r} is empty; put one prompt in each row")
+    _check_not_empty(path)
     try:
         return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))["train"]
     # Each format has a parser with errors of its own; all of them are about this file.
@@ -98,6 +103,24 @@ def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
             f"dataset file {str(path)!r} has no rows or does not parse as {path.suffix[1:]}; "
             f"put one prompt in each row ({error.__cause__ or error!r})"
         ) from error
+
+
+def _check_not_empty(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise ValueError(f"dataset file {str(path)!r} is empty; put one prompt in each row")
+
+
+def _why_not_loaded(name: str, config_name: str | None, split: str, error: Exception) -> str:
+    """Return what kept a folder or a dataset of the Hub from being loaded, and what to do."""
+    if there := re.search(r"Unknown split .* Should be one of \[(.*)\]", str(error)):
+        found = there[1].replace("'", "")
+        return f"dataset {name!r} has no split {split!r}; it has {found}"
+    if "corresponds to no data" in str(error):
+        return f"split {split!r} of dataset {name!r} is empty; it needs at least one row"
+    return (
+        f"dataset {name!r} with config {config_name!r} and split {split!r} did not load: "
+        f"{error.__cause__ or error!r}; a folder must come from save_to_disk or hold data files"
+    )
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -224,17 +247,38 @@ def check_prompts(
     Raises:
         ValueError: names the first such row, and what to do.
     """
-    limit = min(limits, key=lambda name: limits[name])
     for row, prompt in enumerate(dataset["prompt"]):
-        length = len(encode(prompt))
-        if length + max_completion_length > limits[limit]:
-            raise ValueError(
-                f"max_completion_length: the prompt of row {row} has {length} tokens, which with "
-                f"{max_completion_length} of the completion exceeds the {limits[limit]} that "
-                f"{limit} has room for; lower max_completion_length"
-                f"{'' if limit == 'the model' else f', raise {limit}'}, or leave such prompts out "
-                "of the dataset"
-            )
+        check_room(f"the prompt of row {row}", len(encode(prompt)), max_completion_length, limits)
+
+
+def check_room(
+    prompt: str, length: int, max_completion_length: int, limits: Mapping[str, int]
+) -> None:
+    """Refuse a prompt that leaves no room for a completion.
+
+    Args:
+        prompt: what it is called.
+        length: its tokens.
+        max_completion_length: tokens that a completion may have.
+        limits: tokens of both together, by what has room for so many.
+
+    Raises:
+        ValueError: it leaves none; says what to do.
+    """
+    limit, most = narrowest(limits)
+    if length + max_completion_length > most:
+        raising = "" if limit == "the model" else f", raise {limit}"
+        raise ValueError(
+            f"max_completion_length: {prompt} has {length} tokens, which with "
+            f"{max_completion_length} of the completion exceeds the {most} that {limit} has room "
+            f"for; lower max_completion_length{raising}, or leave such prompts out of the dataset"
+        )
+
+
+def narrowest(limits: Mapping[str, int]) -> tuple[str, int]:
+    """Return what has room for the fewest tokens, and how many these are."""
+    limit = min(limits, key=lambda name: limits[name])
+    return limit, limits[limit]
 
 
 class PromptSampler:

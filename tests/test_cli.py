@@ -196,6 +196,38 @@ def test_wrong_datasets_are_named(tmp_path, monkeypatch, config_file, capsys, te
     assert "wrong.jsonl" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--max_steps", "3"], "--max_steps; keys of the configuration are written max_steps=3"),
+        (["--lr=1e-5", "--beta"], "are written learning_rate=1e-5 beta=VALUE"),
+        (["--frobnicate", "3"], "unrecognized arguments: --frobnicate\n"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_options_of_a_run_written_as_options_of_the_command_are_led_to_their_keys(
+    config_file, capsys, command, arguments, hint
+):
+    with pytest.raises(SystemExit) as end:
+        main([command, str(config_file), *arguments])
+    assert end.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_options_of_training_are_refused_where_nothing_is_trained(config_file, capsys):
+    overrides = ["seed=3", "learning_rate=1e-5", "warmup_ratio=0.1", "epsilon=0.1", "output_dir=x"]
+    assert main(["eval", str(config_file), *overrides]) == 2
+    said = capsys.readouterr().err.splitlines()[1:]
+    of_training = "is of training, and `fastgrpo eval` does not train; "
+    assert sorted(line.removeprefix("fastgrpo: ") for line in said) == [
+        f"epsilon_high: {of_training}leave it out",
+        f"epsilon_low: {of_training}leave it out",
+        f"learning_rate: {of_training}leave it out",
+        f"output_dir: {of_training}--out says where results go",
+        f"warmup_steps: {of_training}leave it out",
+    ]
+
+
 def test_the_module_is_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "fastgrpo", "train", "--help"], capture_output=True, text=True

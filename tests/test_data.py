@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -47,6 +48,33 @@ def test_every_kind_of_file(tmp_path):
         assert load_prompts(name, "train").to_dict() == rows
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "test.csv", "deep/train.parquet"])
+def test_an_empty_file_in_a_folder_is_named(tmp_path, name):
+    (tmp_path / "files" / "deep").mkdir(parents=True)
+    write_jsonl(tmp_path / "files" / "train.json", {"prompt": "a"})
+    (tmp_path / "files" / ".hidden.json").touch()
+    (tmp_path / "files" / "notes.txt").touch()
+    assert len(load_prompts("files", "train")) == 1
+    (tmp_path / "files" / name).touch()
+    with pytest.raises(ValueError, match=f"^dataset file 'files/{name}' is empty; put one prompt"):
+        load_prompts("files", "train")
+
+
+def test_a_folder_of_blank_lines_is_named(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="split 'train' of dataset 'files' is empty"):
+        load_prompts("files", "train")
+
+
+def test_a_configuration_of_what_has_none_is_refused():
+    name = write_jsonl(Path("a.jsonl"), {"prompt": "a"})
+    Dataset.from_dict({"prompt": ["a"]}).save_to_disk("saved")
+    for dataset in (name, "saved"):
+        with pytest.raises(ValueError, match=f"^dataset_config: '{dataset}' has no configurations"):
+            load_prompts(dataset, "train", config_name="main")
+
+
 def test_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_jsonl(tmp_path / "a.jsonl", {"prompt": "at home"})
@@ -72,7 +100,7 @@ def test_folders(tmp_path):
         load_prompts("one", "test")
     with pytest.raises(ValueError, match="'both' has no split 'dev'; it has train, test"):
         load_prompts("both", "dev")
-    with pytest.raises(ValueError, match=r"'files' .*split 'dev' did not load.*'train', 'test'"):
+    with pytest.raises(ValueError, match="'files' has no split 'dev'; it has train, test"):
         load_prompts("files", "dev")
 
 
@@ -132,7 +160,7 @@ def test_an_empty_dataset(tmp_path, monkeypatch):
         load_prompts("none", "train")
     (tmp_path / "files").mkdir()
     write_jsonl(tmp_path / "files" / "train.jsonl", {"prompt": "a"})
-    with pytest.raises(ValueError, match=r"'files' .*split 'train\[:0\]' did not load.* no data"):
+    with pytest.raises(ValueError, match=r"split 'train\[:0\]' of dataset 'files' is empty"):
         load_prompts("files", "train[:0]")
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, split: Dataset.from_dict({"prompt": []})

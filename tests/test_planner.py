@@ -284,10 +284,63 @@ def test_the_largest_values_fit_and_larger_ones_do_not():
         value = found[key].value
         assert value > 64
         assert planner.plan(dataclasses.replace(config, **{key: value})).fits
-        if not found[key].bounded:
+        if found[key].limit is None:
             assert not planner.plan(dataclasses.replace(config, **{key: value * 21 // 20})).fits
-    assert not found["max_completion_length"].bounded
+    assert found["max_completion_length"].limit is None
     assert found["num_generations"].now == 8
+
+
+@pytest.mark.parametrize("now", [512, 1528, 1536])
+def test_the_largest_completion_is_what_training_starts_with(now):
+    """Of a microbatch of 2048 and a prompt of 520, whatever the configuration has now."""
+    planner = Planner(ARCHITECTURES["llama"], GPU, 520)
+    planner.architecture = LlamaConfig(**SIZES | {"max_position_embeddings": 4096})
+    config = run_config(max_completion_length=now, max_tokens_per_microbatch=2048)
+    found = {x.key: x for x in largest_values(planner, config)}["max_completion_length"]
+    assert (found.value, found.limit) == (1528, "max_tokens_per_microbatch")
+    for length, starts in ((1528, True), (1529, False)):
+        changed = dataclasses.replace(config, max_completion_length=length)
+        assert (planner.refusal(changed) is None) == planner.plan(changed).fits == starts
+
+
+def test_what_bounds_a_value_is_named():
+    planner = Planner(ARCHITECTURES["llama"], GPU, PROMPT)
+    config = run_config(loss_type="bnpo", max_completion_length=8)
+    found = {x.key: (x.value, x.limit) for x in largest_values(planner, config)}
+    assert found["max_completion_length"] == (512 - PROMPT, "the model")
+    assert found["max_tokens_per_microbatch"] == (None, "the configuration")  # it is of the loss
+    assert found["num_generations"] == (1024, "this search")
+    for limit, key in ((300, "vllm_max_model_length"), (PROMPT, "vllm_max_model_length")):
+        config = run_config(use_vllm=True, vllm_max_model_length=limit)
+        (largest, *_, budget) = largest_values(planner, config)
+        assert (largest.value, largest.limit) == (limit - PROMPT or None, key)
+    assert (budget.value, budget.limit) == (None, "vllm_max_model_length")
+
+
+def test_a_plan_refuses_what_training_refuses(config_file, capsys):
+    """Of three prompts the second is the longest: 17 tokens; those that are tested count too."""
+    limits = ["max_completion_length=40", "max_tokens_per_microbatch=56"]
+    assert main(["train", str(config_file), *limits, "output_dir=never"]) == 2
+    refused = capsys.readouterr().err.splitlines()[-1]
+    reason = (
+        "has 17 tokens, which with 40 of the completion exceeds the 56 that "
+        "max_tokens_per_microbatch has room for; lower max_completion_length, raise "
+        "max_tokens_per_microbatch, or leave such prompts out of the dataset"
+    )
+    assert refused == f"fastgrpo: max_completion_length: the prompt of row 1 {reason}"
+    assert main(["plan", str(config_file), *limits, "--gpu-memory", "9"]) == 0
+    said = capsys.readouterr().out
+    expected = f"It does not start: max_completion_length: the longest prompt {reason}."
+    assert said.splitlines()[0] == expected
+    assert "39 (limit: max_tokens_per_microbatch)" in said
+    folder = config_file.parent / "folder"
+    folder.mkdir()
+    for split, length in (("train", 3), ("test", 21)):
+        row = {"prompt": "1" * length, "answer": "1"}
+        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    tested = [f"dataset_name={folder}", "dataset_test_split=test"]
+    assert main(["plan", str(config_file), *limits, *tested, "--gpu-memory", "9"]) == 0
+    assert "the longest prompt has 21 tokens" in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.slow

@@ -145,7 +145,8 @@ def _build(
             break
         except ValueError as error:
             key = _key_of(str(error))
-            problems.append(str(error).replace(f"{key} must", f"{key}: must", 1))
+            if wrong.isdisjoint(_WORD.findall(str(error))):
+                problems.append(str(error).replace(f"{key} must", f"{key}: must", 1))
             wrong.add(key)
             del loss[key]
     try:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from fastgrpo.config import TrainConfig
+from fastgrpo.data import check_room, narrowest
 from fastgrpo.optim import optimizer_bytes
 from fastgrpo.rewards import reward_model_bytes
 from fastgrpo.rollout.cache import budget_bytes, cache_bytes, fitting_rows, row_bytes
@@ -49,6 +50,10 @@ class Plan:
     microbatch_tokens: int
     microbatches: int
     rows_decoded: int
+    limit: str | None = None
+    """What leaves no room for completions, whatever memory there is."""
+    refusal: str | None = None
+    """What training says of that in place of starting."""
 
     @property
     def peak_phase(self) -> str:
@@ -67,8 +72,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has peak and allowance."""
-        return self.peak + self.allowance <= self.device.total_memory
+        """Whether the run would start, and the device has peak and allowance."""
+        return self.refusal is None and self.peak + self.allowance <= self.device.total_memory
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,23 @@ class Planner:
         self.architecture, self.device, self.prompt_length = architecture, device, prompt_length
         self._kept: dict[Hashable, Any] = {}
 
-    @property
-    def room(self) -> int:
-        """Tokens that a completion may have in the model's positions."""
+    def limits(self, config: TrainConfig) -> dict[str, int]:
+        """Return the tokens that prompt and completion may have together, by what has that room."""
         text = self.architecture.get_text_config()
-        return (getattr(text, "max_position_embeddings", None) or 2**31) - self.prompt_length
+        return config.limits(getattr(text, "max_position_embeddings", None) or 2**31)
+
+    def limit(self, config: TrainConfig) -> str | None:
+        """Return what leaves no room for prompts of this length, if something does."""
+        return narrowest(self.limits(config))[0] if self.refusal(config) else None
+
+    def refusal(self, config: TrainConfig) -> str | None:
+        """Return why training would refuse prompts of this length, if it would."""
+        most = config.max_completion_length
+        try:
+            check_room("the longest prompt", self.prompt_length, most, self.limits(config))
+        except ValueError as error:
+            return str(error)
+        return None
 
     def plan(self, config: TrainConfig, *, like: TrainConfig | None = None) -> Plan:
         """Return the peak of each phase of a run.
@@ -147,7 +164,17 @@ class Planner:
             "gradients": sizes.gradients,
             "optimizer": device_states + optimizer.step,
         }
-        return Plan(phases, self.device, sizes.parameters, sizes.trainable, tokens, passes, rows)
+        return Plan(
+            phases,
+            self.device,
+            sizes.parameters,
+            sizes.trainable,
+            tokens,
+            passes,
+            rows,
+            self.limit(config),
+            self.refusal(config),
+        )
 
     def bf16(self, config: TrainConfig) -> bool:
         """Say whether products are computed under bf16 autocast."""

@@ -88,7 +88,9 @@ def planned_device(gpu_memory: str | None) -> Device:
 
 
 def verdict(plan: Plan) -> str:
-    """Return in one sentence whether a run fits."""
+    """Return in one sentence whether a run starts and fits."""
+    if plan.refusal is not None:
+        return f"It does not start: {plan.refusal}."
     room = plan.device.total_memory - plan.allowance - plan.peak
     peak = f"the peak of {gib(plan.peak)} GiB, in {plan.peak_phase},"
     card = f"the {gib(plan.device.total_memory)} GiB of {plan.device.name}"
@@ -131,9 +133,8 @@ def largest_table(found: list[Largest]) -> tuple[list[str], list[list[str]]]:
     """Return the largest values that fit."""
 
     def text(largest: Largest) -> str:
-        if largest.value is None:
-            return "none"
-        return f"{largest.value:,}{' (no limit by memory)' if largest.bounded else ''}"
+        value = "none" if largest.value is None else f"{largest.value:,}"
+        return f"{value} (limit: {largest.limit or 'memory'})"
 
     rows = [[x.key, "-" if x.now is None else f"{x.now:,}", text(x)] for x in found]
     return ["key", "now", "largest"], rows
@@ -186,12 +187,17 @@ def _load_inputs(
     dataset = config.dataset_name
     if dataset is None or not Path(dataset).expanduser().exists():
         return architecture, ASSUMED_PROMPT_LENGTH, "an assumption; --prompt-length says otherwise"
-    rows = load_prompts(
-        dataset,
-        config.dataset_train_split,
-        config_name=config.dataset_config,
-        prompt_column=config.prompt_column,
-    )
+    splits = (config.dataset_train_split, config.test_split)
+    prompts = [
+        prompt
+        for split in dict.fromkeys(filter(None, splits))
+        for prompt in load_prompts(
+            dataset,
+            split,
+            config_name=config.dataset_config,
+            prompt_column=config.prompt_column,
+        )["prompt"]
+    ]
     tokenizer = _in_time(lambda: load_tokenizer(config), f"model_name_or_path: {name}")
     encoded = (
         encode_prompt(
@@ -200,7 +206,7 @@ def _load_inputs(
             system_prompt=config.system_prompt,
             chat_template_kwargs=config.chat_template_kwargs,
         )
-        for prompt in rows["prompt"]
+        for prompt in prompts
     )
     return architecture, max(map(len, encoded)), "the longest of the dataset"
 

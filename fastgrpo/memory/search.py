@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgrpo.config import ConfigError, TrainConfig
+from fastgrpo.data import narrowest
 
 from .plan import Plan, Planner
 
@@ -23,8 +24,8 @@ class Largest:
     now: int | None
     value: int | None
     """None: none fits."""
-    bounded: bool = False
-    """By something else than memory: no larger value means anything."""
+    limit: str | None = None
+    """What allows no larger one; None: memory."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Switch:
 
 def largest_values(planner: Planner, config: TrainConfig) -> list[Largest]:
     """Return the largest completions, groups and micro-batches that fit, each alone."""
+    limit, room = narrowest(planner.limits(config))
     return [
         _largest(
             planner,
@@ -46,7 +48,8 @@ def largest_values(planner: Planner, config: TrainConfig) -> list[Largest]:
             "max_completion_length",
             lambda n: {"max_completion_length": n},
             config.max_completion_length,
-            range(1, planner.room + 1),
+            range(1, room - planner.prompt_length + 1),
+            limit,
         ),
         _largest_group(planner, config),
         _largest(
@@ -56,6 +59,7 @@ def largest_values(planner: Planner, config: TrainConfig) -> list[Largest]:
             lambda n: {"max_tokens_per_microbatch": n},
             config.max_tokens_per_microbatch,
             range(planner.sequence_length(config), planner.step_tokens(config) + 1),
+            "the completions of a step",
         ),
     ]
 
@@ -64,6 +68,8 @@ def switches(planner: Planner, config: TrainConfig, now: Plan) -> list[Switch]:
     """Return what saves memory, the most first: single changes that a configuration may have."""
     found: list[Switch] = []
     for changes in _changes(planner, config, now):
+        if all(getattr(config, key) == value for key, value in changes.items()):
+            continue
         plan = _try(planner, config, changes)
         if plan is not None and now.peak - plan.peak > now.peak // 200:
             found.append(Switch(changes, plan.peak, now.peak - plan.peak, plan.fits))
@@ -102,6 +108,7 @@ def _largest(
     changes: Callable[[int], dict[str, Any]],
     now: int | None,
     values: range,
+    limit: str,
 ) -> Largest:
     """Halve the range until what fits and what does not are close; a round number that fits."""
 
@@ -109,10 +116,13 @@ def _largest(
         plan = _try(planner, config, changes(value))
         return plan is not None and plan.fits
 
-    if not values or not fits(values[0]):
-        return Largest(key, now, None)
+    if not values:
+        return Largest(key, now, None, limit)
+    if not fits(values[0]):
+        plan = _try(planner, config, changes(values[0]))
+        return Largest(key, now, None, "the configuration" if plan is None else plan.limit)
     if fits(values[-1]):
-        return Largest(key, now, values[-1], bounded=True)
+        return Largest(key, now, values[-1], limit)
     low, high = values[0], values[-1]
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
@@ -137,13 +147,11 @@ def _largest_group(planner: Planner, config: TrainConfig) -> Largest:
         plan = _try(planner, config, changes)
         if plan is not None and plan.fits:
             best = group
-    return Largest(key, size, best, bounded=best == _GROUPS)
+    return Largest(key, size, best, "this search" if best == _GROUPS else planner.limit(config))
 
 
 def _try(planner: Planner, config: TrainConfig, changes: dict[str, Any]) -> Plan | None:
-    """Plan a changed configuration; None if there may be none like it, or it is no change."""
-    if all(getattr(config, key) == value for key, value in changes.items()):
-        return None
+    """Plan a changed configuration; None if there may be none like it."""
     try:
         changed = dataclasses.replace(config, **changes)
     except ConfigError:
