@@ -36,8 +36,8 @@ class FusedLinearGRPOLoss(nn.Module):
       them in fp32, at the price of fp32 products.
     - A reference that `use_ref_model=False` would leave unread is refused.
     - Exponents of log-ratios stop at 60, where Liger overflows.
-    - A row with an advantage of 0 that needs no KL divergence is not computed; Liger finds a NaN
-      in it.
+    - Rows that cannot contribute (advantage 0, no KL divergence) are not computed: a NaN in them,
+      which Liger would meet, goes unseen.
     - `GRPOLossConfig` refuses what has no meaning: a `delta` inside the clip range, bounds or
       temperatures that are negative. It warns of `cispo` with `epsilon_high` below 1.
     """
@@ -205,7 +205,8 @@ class FusedLinearGRPOLoss(nn.Module):
             ref_logps=ref_per_token_logps,
             importance_sampling_ratio=self._correction(vllm_is_ratio, attention_mask),
             num_items_in_batch=self._denominator(num_items_in_batch, attention_mask, _input.device),
-            statistics="active",  # a row with an advantage of 0 is not clipped
+            # A row with an advantage of 0 is not clipped, one with a ratio of 0 may be.
+            statistics="active" if vllm_is_ratio is None else "all",
             config=config,
         )
         mask_BT = attention_mask.to(_input.device) != 0
@@ -271,7 +272,7 @@ class FusedLinearGRPOLoss(nn.Module):
             return ratio
         # Their product, which may be beyond the bounds of one: each counted token takes its share.
         log_B1 = ratio_BT.log().clamp(LOG_MIN, LOG_MAX).sum(1, keepdim=True)
-        length_B1 = (mask.to(ratio.device) != 0).sum(1, keepdim=True).clamp(min=1)
+        length_B1 = (mask.to(ratio.device) != 0).sum(1, keepdim=True)
         return (log_B1 / length_B1).exp().expand(B, T)
 
     def _denominator(
@@ -325,7 +326,5 @@ def _check_shapes(ids: Tensor, rows: dict[str, Any], tokens: dict[str, Any]) -> 
 
 
 def _in_type_of(hidden: Tensor, x: Any) -> Any:
-    """Convert a head as Liger does; under autocast, and what is no tensor, is left to the loss."""
-    if not isinstance(x, Tensor) or torch.is_autocast_enabled(hidden.device.type):
-        return x
-    return x.to(hidden.dtype)
+    """Convert a head as Liger does; what is no tensor is left to the loss to refuse."""
+    return x.to(hidden.dtype) if isinstance(x, Tensor) else x

@@ -91,6 +91,7 @@ def make_call(
     if ratio != "none":
         shape = {"(B,)": (B,), "(B, 1)": (B, 1), "(B, T)": (B, T)}[ratio]
         call["vllm_is_ratio"] = 2 * torch.rand(shape, generator=g)
+        call["vllm_is_ratio"].view(B, -1)[0, 0] = 0.0  # refused by the sampler's correction
     call = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in call.items()}
     for name in ["_input"] if frozen else ["_input", "lin_weight", "bias"]:
         if name in call:
