@@ -23,7 +23,7 @@ liger: Any = pytest.importorskip("liger_kernel.chunked_loss")
 LigerFusedLinearGRPOLoss = liger.LigerFusedLinearGRPOLoss
 
 # fp32 on both sides, relative to the largest value; a loss, whose terms cancel, relative to 1 at
-# least. Measured over all combinations: 2.1e-6.
+# least. Measured over 2771 calls: 2.6e-6.
 TOLERANCE = 5e-6
 
 
