@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from dataclasses import replace
 from importlib import import_module
@@ -29,12 +28,17 @@ from fastgrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_logps
 
 from ..head import read_head
 from .fused_head import FusedHead, FusedOutput, add_fused_head
+from .trl_metrics import control_entropy, log_loss
 
-_trl: Any = import_module("trl")  # not `import`: this module has its name
+_NEEDED = "pip install 'trl>=1.15,<1.17'"
+try:
+    _trl: Any = import_module("trl")  # not `import`: this module has its name
+except ModuleNotFoundError as error:
+    raise ImportError(f"fastgrpo.integrations.trl needs TRL: {_NEEDED}") from error
 if tuple(int(part) for part in _trl.__version__.split(".")[:2]) not in ((1, 15), (1, 16)):
     raise ImportError(
-        "FastGRPOTrainer takes the place of private methods of TRL 1.15 and 1.16 and could differ "
-        f"from TRL {_trl.__version__} without a word: pip install 'trl>=1.15,<1.17'"
+        "FastGRPOTrainer takes the place of private methods of TRL 1.15 and 1.16, and could differ "
+        f"from TRL {_trl.__version__} without a word: {_NEEDED}"
     )
 
 # TRL divides these by the tokens of all that was generated at once, the others within a call.
@@ -44,11 +48,6 @@ _MODEL_INPUTS = (
     "pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask",
     "spatial_shapes", "image_sizes", "token_type_ids", "mm_token_type_ids",
 )  # fmt: skip
-_MEANS = (
-    "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-    "cispo_clip_ratio", "vespo/phi_seq_mean",
-)  # fmt: skip
-_LOWEST, _HIGHEST = "clip_ratio/low_min", "clip_ratio/high_max"
 
 
 class _FusedLoss:
@@ -119,9 +118,9 @@ class _FusedLoss:
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
         output.metrics["policy_loss"] *= logged_factor
-        self._log_loss(output, mask, config)
+        log_loss(self, output, mask, config)
         if self._entropy_bonus_enabled and training:
-            self._control_entropy(output, mask)
+            control_entropy(self, output, mask)
         return loss
 
     def _config_of_now(self: Any) -> GRPOLossConfig:
@@ -228,76 +227,6 @@ class _FusedLoss:
             return FusedOutput(found.loss, found.logps, found.entropy, metrics, entropy_mask)
 
         return head
-
-    def _log_loss(self: Any, output: Any, mask: Tensor, config: GRPOLossConfig) -> None:
-        """Append the metrics of a micro-batch, over all processes, under TRL's names.
-
-        One collective and one wait for the device.
-        """
-        found: dict[str, Tensor] = dict(output.metrics)
-        if output.aux_loss is not None:
-            found["aux_loss"] = output.aux_loss.detach()
-        by_sequence = {"vespo/phi_seq_mean"}
-        if config.importance_sampling_level == "sequence":
-            by_sequence |= {name for name in _MEANS if "clip_ratio" in name}
-        elif _LOWEST in found:
-            # Of tokens of a process that has none there is no fraction.
-            empty = mask.sum() == 0
-            for name in (_LOWEST, _HIGHEST):
-                found[name] = found[name].masked_fill(empty, math.nan)
-        counts = {
-            False: mask.sum().float(),
-            True: torch.full_like(output.loss, len(mask)).detach(),
-        }
-        means = [name for name in _MEANS if name in found]
-        others = [n for n in (_LOWEST, _HIGHEST, "policy_loss", "aux_loss") if n in found]
-        columns = [
-            *(counts[by] for by in (False, True)),
-            *(found[name] * counts[name in by_sequence] for name in means),
-            *(found[name] for name in others),
-        ]
-        gathered = self.accelerator.gather(torch.stack([x.float() for x in columns])[None])
-        tokens, sequences, *values = (
-            list(column) for column in zip(*gathered.tolist(), strict=True)
-        )
-        of_processes = dict(zip([*means, *others], values, strict=True))
-        log = self._metrics["train" if self.model.training else "eval"]
-        for name in means:
-            count = sum(sequences if name in by_sequence else tokens)
-            log[name].append(sum(of_processes[name]) / max(count, 1.0))
-        for name, reduced in ((_LOWEST, min), (_HIGHEST, max)):
-            if name in found:
-                known = (x for x in of_processes[name] if not math.isnan(x))
-                log[name].append(reduced(known, default=math.nan))
-        for name, is_logged in (
-            ("policy_loss", self._entropy_bonus_enabled),
-            ("aux_loss", self.aux_loss_enabled),
-        ):
-            if is_logged:
-                log[name].append(sum(of_processes[name]) / len(tokens))
-
-    def _control_entropy(self: Any, output: Any, mask: Tensor) -> None:
-        """Move the coefficient of the bonus after an optimisation step (Skywork-OR1), and log it.
-
-        The state is TRL's, which saves it with its checkpoints.
-        """
-        if self.use_adaptive_entropy:
-            seen = mask if output.entropy_mask is None else mask * output.entropy_mask
-            found = torch.stack([(output.entropy * seen).sum(), seen.sum()])
-            before = self._entropy_window_stats
-            self._entropy_window_stats = found if before is None else before + found
-        if not self.accelerator.sync_gradients:
-            return
-        if self.use_adaptive_entropy:
-            total, count = self.accelerator.reduce(self._entropy_window_stats, "sum").tolist()
-            self._last_world_entropy = total / max(count, 1.0)
-            self._entropy_window_stats = None
-            delta = self.args.entropy_coef_delta
-            if self._last_world_entropy > self.args.entropy_target:
-                self.entropy_coef = max(self.entropy_coef - delta, self.args.entropy_coef_min)
-            else:
-                self.entropy_coef = min(self.entropy_coef + delta, self.args.entropy_coef_max)
-        self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
 
 
 class FastGRPOTrainer(_FusedLoss, _trl.GRPOTrainer):

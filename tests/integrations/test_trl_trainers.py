@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 from trl_pairs import (
     Pair,
     assert_same,
@@ -27,6 +29,8 @@ from trl_pairs import (
 )
 
 from benchmarks.measure import FlopCounter, LiveBytes
+from fastgrpo.head import read_head
+from fastgrpo.integrations.fused_head import add_fused_head
 from fastgrpo.integrations.trl import FastGRPOTrainer, accelerate_trl
 
 pytestmark = [
@@ -167,6 +171,47 @@ def test_experts_are_kept_in_balance(tmp_path: Path) -> None:
     assert pair.ours.aux_loss_enabled
     theirs = assert_same(pair, dict(micro_batch()))
     assert theirs.metrics["aux_loss"][0] > 1
+
+
+def test_images(tmp_path: Path) -> None:
+    """The loss of a micro-batch with images; a trainer of such a model needs a real processor."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope,
+            "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
+            "out_hidden_size": 32, "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 1, "window_size": 16, "fullatt_block_indexes": [1],
+        },
+        image_token_id=100, vision_start_token_id=101, vision_end_token_id=102, video_token_id=103,
+    )  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    assert read_head(model).module is model.lm_head
+    pair = Pair.make(tmp_path)
+    pair.theirs.model, pair.ours.model = copy.deepcopy(model), copy.deepcopy(model)
+    add_fused_lm_head(pair.theirs.model, temperature=0.8, outputs=("log_probs", "entropy"))
+    add_fused_head(pair.ours.model, pair.ours._logps_head)
+
+    inputs: dict[str, Any] = dict(micro_batch())
+    image = torch.tensor([101, 100, 100, 100, 100, 102])  # 4 x 4 patches, merged two by two
+    inputs["prompt_ids"] = torch.cat([inputs["prompt_ids"], image.expand(6, -1)], 1)
+    inputs["prompt_mask"] = torch.nn.functional.pad(inputs["prompt_mask"], (0, 6), value=1)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    inputs |= {
+        "pixel_values": torch.randn(6 * 16, 3 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 6),
+        "num_images": [1] * 6,
+        "mm_token_type_ids": (ids == 100).long(),
+    }
+    theirs = assert_same(pair, inputs)
+    assert theirs.grads["model.visual.patch_embed.proj.weight"].abs().sum() > 0
 
 
 # An existing trainer
