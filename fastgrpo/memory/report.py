@@ -130,14 +130,13 @@ def phase_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 
 def largest_table(found: list[Largest]) -> tuple[list[str], list[list[str]]]:
-    """Return the largest values that fit."""
+    """Return the largest values that fit, and what allows no larger ones."""
 
-    def text(largest: Largest) -> str:
-        value = "none" if largest.value is None else f"{largest.value:,}"
-        return f"{value} (limit: {largest.limit or 'memory'})"
+    def text(value: int | None, nothing: str) -> str:
+        return nothing if value is None else f"{value:,}"
 
-    rows = [[x.key, "-" if x.now is None else f"{x.now:,}", text(x)] for x in found]
-    return ["key", "now", "largest"], rows
+    rows = [[x.key, text(x.now, "-"), text(x.value, "none"), x.limit or "memory"] for x in found]
+    return ["key", "now", "largest", "limit"], rows
 
 
 def switch_table(found: list[Switch]) -> tuple[list[str], list[list[str]]]:

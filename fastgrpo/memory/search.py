@@ -59,7 +59,7 @@ def largest_values(planner: Planner, config: TrainConfig) -> list[Largest]:
             lambda n: {"max_tokens_per_microbatch": n},
             config.max_tokens_per_microbatch,
             range(planner.sequence_length(config), planner.step_tokens(config) + 1),
-            "the completions of a step",
+            "a whole step",
         ),
     ]
 
