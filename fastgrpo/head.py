@@ -94,7 +94,7 @@ def read_head(model: PreTrainedModel) -> Head:
             f"the LM head of {name} is quantised to {module.weight.dtype}: the fused loss needs "
             "its weight; leave it out of the quantisation"
         )
-    found = _logit_options(model)
+    found = logit_options(model)
     heads = _candidates(module, found)
     says = ", ".join(f"{key} = {value}" for key, value in found.items()) or "nothing"
     refusal = f"the fused loss cannot express the LM head of {name}, whose config says {says}: "
@@ -113,7 +113,7 @@ def read_head(model: PreTrainedModel) -> Head:
     return heads[best]
 
 
-def _logit_options(model: PreTrainedModel) -> dict[str, float]:
+def logit_options(model: PreTrainedModel) -> dict[str, float]:
     """Return what the configuration of a model says about its logits."""
     config = model.config.get_text_config()
     options = {name: getattr(config, name, None) for name in (*_SCALES, *_SOFTCAPS)}

@@ -114,9 +114,9 @@ def use_fused_head(model: Any) -> None:
         raise ValueError(f"{name} has no decoder called `model`, as verl expects: {remedy}")
     _check_lm_head(model)
     # Imported here, since it needs transformers.
-    from ..head import _logit_options  # pyright: ignore[reportPrivateUsage]
+    from ..head import logit_options
 
-    said = [f"{key} = {value}" for key, value in _logit_options(model).items() if value != 1]
+    said = [f"{key} = {value}" for key, value in logit_options(model).items() if value != 1]
     if said:
         raise ValueError(
             f"the logits of {name} are not its LM head's alone, its config says "

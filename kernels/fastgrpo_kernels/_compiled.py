@@ -77,12 +77,6 @@ def opaque_when_compiled(
         signature = inspect.signature(function)
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
 
-        outside: Callable[..., R] = torch.compiler.disable(
-            function,
-            reason=f"{name} with grad_buffer writes into an argument: compile without "
-            "fullgraph=True, or call it outside of what is compiled",
-        )  # pyright: ignore[reportAssignmentType]
-
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
@@ -91,7 +85,9 @@ def opaque_when_compiled(
             bound.apply_defaults()
             arguments = {n: x for n, x in _flat(bound.arguments) if x is not None}
             if "grad_buffer" in arguments:
-                return outside(Memo(), *args, **kwargs)
+                from ._uncompiled import outside
+
+                return outside(function, Memo(), *args, **kwargs)
             for part in ("weight", "bias"):
                 if part in arguments:
                     arguments[part] = gathered(arguments[part])

@@ -1,12 +1,16 @@
 """DPO from `linear_logps` is DPO from all the logits."""
 
+import re
 import runpy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import small_model
+
+from fastgrpo import linear_logps
 
 DPO = runpy.run_path("benchmarks/examples/dpo.py")
 
@@ -68,3 +72,18 @@ def test_margins_grow(capsys):
     assert all(later > earlier for earlier, later in pairwise(margins))
     assert margins[-1] > 0.5
     assert capsys.readouterr().out.startswith("step  1  loss 0.693  margin ")
+
+
+def test_the_lines_in_the_readme_are_dpo():
+    readme = Path("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (lines,) = [block for block in blocks if "linear_logps(" in block]
+    torch.manual_seed(0)
+    input_ids, mask = DPO["make_pairs"](3)
+    model, reference, beta = small_model(), small_model(seed=1), 2.0
+    names = {"torch": torch, "linear_logps": linear_logps, "model": model, "beta": beta}
+    names |= {"reference": reference, "input_ids": input_ids, "mask": mask}
+    exec(lines, names)
+    expected, _ = from_all_logits(model, reference, input_ids, mask, beta)
+    torch.testing.assert_close(names["loss"], expected, rtol=0, atol=1e-5)
+    assert model.lm_head.weight.grad.abs().sum() > 0

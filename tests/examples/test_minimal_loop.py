@@ -11,7 +11,13 @@ import torch
 from small_models import small_model
 
 LOOP = Path("benchmarks/examples/minimal_loop.py")
-NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+}
 
 
 def code_lines(source: str) -> int:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 from trl_pairs import (
     Pair,
     assert_same,
@@ -176,6 +175,7 @@ def test_experts_are_kept_in_balance(tmp_path: Path) -> None:
 def test_images(tmp_path: Path) -> None:
     """The loss of a micro-batch with images; a trainer of such a model needs a real processor."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from trl.trainer.utils import add_fused_lm_head
 
     torch.manual_seed(0)
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
