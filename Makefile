@@ -1,13 +1,13 @@
 # `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
-# loss with peers in miniature. `make peers` installs TRL and Liger as well and runs the tests that hold
-# us to them; `make benchmark` compares with them in full on a CPU. All set up `.venv` first.
+# loss with peers in miniature. `make peers` installs TRL, Liger, verl and OpenRLHF as well and runs the
+# tests that hold us to them, `make trl` those of TRL with each of its versions; `make benchmark` compares with them in full on a CPU. All set up `.venv` first.
 # `make tour` runs the commands of the README's tour.
 # `make vllm` runs the tests against vLLM's CPU build, in an environment of its own: it pins versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick tour peers vllm benchmark lint clean
+.PHONY: demo test quick tour peers trl vllm benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
@@ -21,8 +21,15 @@ quick: $(VENV)/.installed
 tour: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/test_readme.py
 
-peers: $(VENV)/.benchmarks
-	$(BIN)/python -m pytest -m peers
+peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -m peers -n auto --dist loadfile
+
+# FastGRPOTrainer against each version of TRL that it takes, the pinned one last.
+trl: $(VENV)/.peers
+	for version in 1.15.0 "$$(sed -n 's/^trl==//p' constraints.txt)"; do \
+	  $(BIN)/python -m pip install --quiet --no-deps "trl==$$version" && \
+	  $(BIN)/python -m pytest -m peers -n auto tests/integrations/test_trl_*.py || exit 1; \
+	done
 
 vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest -m vllm tests/rollout
@@ -48,6 +55,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.benchmarks: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
+	touch $@
+
+# verl and OpenRLHF without what they need to train: their losses need the first line alone. The
+# second has a wheel for Python 3.11 only; without it its tests are skipped.
+$(VENV)/.peers: $(VENV)/.benchmarks
+	$(BIN)/python -m pip install --quiet -c constraints.txt kernels ray tensordict omegaconf codetiming pillow
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt verl
+	-$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt openrlhf
 	touch $@
 
 # What its wheel brings of vision and sound is built for CUDA and breaks the import of transformers.
