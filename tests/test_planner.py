@@ -290,14 +290,13 @@ def test_the_largest_values_fit_and_larger_ones_do_not():
     assert found["num_generations"].now == 8
 
 
-@pytest.mark.parametrize("now", [512, 1528, 1536])
-def test_the_largest_completion_is_what_training_starts_with(now):
+def test_the_largest_completion_is_what_training_starts_with():
     """Of a microbatch of 2048 and a prompt of 520, whatever the configuration has now."""
-    planner = Planner(ARCHITECTURES["llama"], GPU, 520)
-    planner.architecture = LlamaConfig(**SIZES | {"max_position_embeddings": 4096})
-    config = run_config(max_completion_length=now, max_tokens_per_microbatch=2048)
-    found = {x.key: x for x in largest_values(planner, config)}["max_completion_length"]
-    assert (found.value, found.limit) == (1528, "max_tokens_per_microbatch")
+    planner = Planner(LlamaConfig(**SIZES | {"max_position_embeddings": 4096}), GPU, 520)
+    for now in (1528, 1536):
+        config = run_config(max_completion_length=now, max_tokens_per_microbatch=2048)
+        found = {x.key: x for x in largest_values(planner, config)}["max_completion_length"]
+        assert (found.value, found.limit) == (1528, "max_tokens_per_microbatch")
     for length, starts in ((1528, True), (1529, False)):
         changed = dataclasses.replace(config, max_completion_length=length)
         assert (planner.refusal(changed) is None) == planner.plan(changed).fits == starts
@@ -310,25 +309,30 @@ def test_what_bounds_a_value_is_named():
     assert found["max_completion_length"] == (512 - PROMPT, "the model")
     assert found["max_tokens_per_microbatch"] == (None, "the configuration")  # it is of the loss
     assert found["num_generations"] == (1024, "this search")
-    for limit, key in ((300, "vllm_max_model_length"), (PROMPT, "vllm_max_model_length")):
-        config = run_config(use_vllm=True, vllm_max_model_length=limit)
-        (largest, *_, budget) = largest_values(planner, config)
-        assert (largest.value, largest.limit) == (limit - PROMPT or None, key)
-    assert (budget.value, budget.limit) == (None, "vllm_max_model_length")
+    config = run_config(use_vllm=True, vllm_max_model_length=PROMPT)
+    assert [(x.value, x.limit) for x in largest_values(planner, config)] == [
+        (None, "vllm_max_model_length")
+    ] * 3
 
 
 def test_a_plan_refuses_what_training_refuses(config_file, capsys):
-    """Of three prompts the second is the longest: 17 tokens; those that are tested count too."""
-    limits = ["max_completion_length=40", "max_tokens_per_microbatch=56"]
-    assert main(["train", str(config_file), *limits, "output_dir=never"]) == 2
-    refused = capsys.readouterr().err.splitlines()[-1]
+    """The longest prompt is one of those that are tested on."""
+    folder = config_file.parent / "folder"
+    folder.mkdir()
+    for split, length in (("train", 3), ("test", 21)):
+        row = {"prompt": "1" * length, "answer": "1"}
+        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    options = [f"dataset_name={folder}", "dataset_test_split=test", "max_tokens_per_microbatch=60"]
+    options += ["max_completion_length=40", "gradient_checkpointing=false"]
+    assert main(["train", str(config_file), *options]) == 2
     reason = (
-        "has 17 tokens, which with 40 of the completion exceeds the 56 that "
+        "has 21 tokens, which with 40 of the completion exceeds the 60 that "
         "max_tokens_per_microbatch has room for; lower max_completion_length, raise "
         "max_tokens_per_microbatch, or leave such prompts out of the dataset"
     )
-    assert refused == f"fastgrpo: max_completion_length: the prompt of row 1 {reason}"
-    assert main(["plan", str(config_file), *limits, "--gpu-memory", "9"]) == 0
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert refused == f"fastgrpo: max_completion_length: the prompt of row 0 {reason}"
+    assert main(["plan", str(config_file), *options, "--gpu-memory", "9"]) == 0
     said = capsys.readouterr().out
     expected = f"It does not start: max_completion_length: the longest prompt {reason}."
     assert said.splitlines()[0] == expected
@@ -336,14 +340,6 @@ def test_a_plan_refuses_what_training_refuses(config_file, capsys):
     assert [word for word in row if word.isalnum() or "_" in word] == [
         "max_completion_length", "40", "39", "max_tokens_per_microbatch",
     ]  # fmt: skip
-    folder = config_file.parent / "folder"
-    folder.mkdir()
-    for split, length in (("train", 3), ("test", 21)):
-        row = {"prompt": "1" * length, "answer": "1"}
-        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    tested = [f"dataset_name={folder}", "dataset_test_split=test"]
-    assert main(["plan", str(config_file), *limits, *tested, "--gpu-memory", "9"]) == 0
-    assert "the longest prompt has 21 tokens" in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.slow
