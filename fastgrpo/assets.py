@@ -53,7 +53,10 @@ def load_assets(config: TrainConfig) -> Assets:
         return _arithmetic(config)
     for name in ("model_name_or_path", "dataset_name"):
         if not getattr(config, name):
-            raise ConfigError(f"{name}: required (or set task: arithmetic)")
+            raise ConfigError(
+                f"{name}: required (or set task: arithmetic); the configuration of a run that was "
+                "given a model and a dataset as objects has none"
+            )
     load_split = partial(
         load_prompts,
         str(config.dataset_name),

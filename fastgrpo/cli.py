@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if late and options.command == "report":
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     overrides = [*getattr(options, "overrides", []), *late]
-    # At every import bitsandbytes misses a kernel for CPUs that is not needed.
+    # As it is imported bitsandbytes misses a kernel for CPUs that is not needed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         if options.command == "plan":
             return plan(options.config, overrides, options.gpu_memory, options.prompt_length)
@@ -176,31 +179,39 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
     from .trainer import Trainer
 
     try:
-        config = load_config(config_file, overrides)
+        with warnings.catch_warnings(record=True) as told:
+            config = load_config(config_file, overrides)
         trainer = Trainer(config, run_name=Path(config_file).stem)
     except (ValueError, OSError, ImportError) as error:
         _complain(error)
         return 2
-    place = f"run directory: {trainer.run.path}"
+    for text in dict.fromkeys(str(each.message) for each in told):
+        trainer.journal.warn(0, f"warning: {text}")
     try:
         trainer.train()
     except (RewardError, RolloutError, FloatingPointError) as error:
-        _complain(error, place)
+        _complain(error, _place(trainer.run.path))
         return 1
     except OutOfMemoryError as error:
         advice = (
             f"`fastgrpo plan {config_file}` says what takes memory, and which line of the "
             "configuration would save most"
         )
-        _complain(error, advice, place)
+        _complain(error, advice, _place(trainer.run.path))
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted", place)
+        _complain("interrupted", _place(trainer.run.path))
         return 130
     except Exception:
-        print(place, file=sys.stderr)  # before the traceback of what is nobody's input
+        # Before the traceback of what is nobody's input.
+        print(_place(trainer.run.path), file=sys.stderr)
         raise
     return 0
+
+
+def _place(run: Path) -> str:
+    """Say where a run is that has ended; one without a step has left nothing."""
+    return f"run directory: {run}" if run.exists() else "nothing was written"
 
 
 def plan(

@@ -27,7 +27,9 @@ class EntropyBonus:
     @property
     def loss(self) -> GRPOLossConfig:
         """The mathematics of the next step's loss."""
-        return replace(self._config.loss, entropy_coef=self.coefficient if self._due else 0.0)
+        loss, coefficient = self._config.loss, self.coefficient if self._due else 0.0
+        # What is not replaced does not warn of its values again.
+        return loss if coefficient == loss.entropy_coef else replace(loss, entropy_coef=coefficient)
 
     def update(self, entropy: float | None) -> None:
         """Take note of the mean entropy of the tokens of a step, in nats; None, NaN: not known."""

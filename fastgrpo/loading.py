@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 from .config import TrainConfig
+
+# As it is imported bitsandbytes misses a kernel for CPUs that is not needed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:

@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 
@@ -105,7 +106,7 @@ def test_a_reward_that_breaks_its_contract_ends_the_run_with_a_sentence(
     assert main(["train", str(config_file), "reward_funcs=[judge.py:judge]"]) == 1
     error = capsys.readouterr().err
     assert sentence in error
-    assert "run directory: runs/tiny-" in error
+    assert "nothing was written" in error
     assert "Traceback" not in error
 
 
@@ -118,7 +119,7 @@ def test_a_rollout_that_breaks_its_contract_ends_the_run_with_a_sentence(
     assert main(["train", str(config_file), "rollout_fn=play.py:rollout"]) == 1
     error = capsys.readouterr().err
     assert "rollout_fn 'rollout' returned nothing under completion_ids, logprobs" in error
-    assert "run directory: runs/tiny-" in error
+    assert "nothing was written" in error
     assert "Traceback" not in error
 
 
@@ -236,11 +237,49 @@ def test_the_module_is_the_command():
     assert "key=value" in done.stdout
 
 
-def test_an_error_of_the_users_own_code_says_where_the_run_is(
+def test_an_error_of_the_users_own_code_is_told_with_what_there_is_of_the_run(
     tmp_path, monkeypatch, config_file, capsys
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def roll(prompts, engine):\n    raise KeyError('mine')\n")
     with pytest.raises(KeyError, match="mine"):
         main(["train", str(config_file), "rollout_fn=mine.py:roll"])
-    assert "run directory: runs/tiny-" in capsys.readouterr().err
+    assert "nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_sigterm_ends_a_run_as_an_interrupt_does(
+    tmp_path, monkeypatch, config_file, capsys, before
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "def judge(completions, trainer_state, **columns):\n"
+        f"    if trainer_state.global_step == {before}:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    overrides = ["reward_funcs=[mine.py:judge]", "reward_timeout=null", "max_steps=2"]
+    try:
+        assert main(["train", str(config_file), *overrides, "output_dir=run"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    error = capsys.readouterr().err
+    assert "fastgrpo: interrupted\n" in error
+    assert ("run directory: run" if before else "nothing was written") in error
+    assert (tmp_path / "run").exists() == bool(before)
+
+
+@pytest.mark.filterwarnings("default:.*caps ratios")
+def test_a_warning_of_the_configuration_is_one_of_the_run(
+    tmp_path, monkeypatch, config_file, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["loss_type=cispo", "epsilon_high=0.28", "max_steps=2", "reward_funcs=[tag_count]"]
+    assert main(["train", str(config_file), *overrides, "output_dir=run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("warning: loss_type='cispo' caps ratios at epsilon_high") == 1
+    assert "UserWarning" not in shown.err
+    first = (tmp_path / "run" / "warnings.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["step"] == 0 and "caps ratios" in first

@@ -363,6 +363,15 @@ def test_a_configuration_is_measured_untrained(workshop, run, tmp_path, monkeypa
     assert found(path)["checkpoint"] == str(final)
 
 
+def test_prompts_of_a_split_the_configuration_does_not_name(workshop):
+    text = (workshop / "tiny.yaml").read_text().replace("dataset_test_split: test\n", "")
+    (workshop / "no_test.yaml").write_text(text)
+    options = ["-n", "1", "--split", "both", "--max-samples", "3", "--out", str(workshop / "three")]
+    assert main(["eval", str(workshop / "no_test.yaml"), *options]) == 0
+    (path,) = (workshop / "three").glob("*.json")
+    assert (found(path)["num_prompts"], found(path)["split"]) == (3, "both")
+
+
 def test_a_task_is_measured_on_the_split_it_makes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demo = Path(__file__).parents[1] / "configs" / "demo_arithmetic.yaml"

@@ -118,17 +118,14 @@ def evaluate(
     start = time.perf_counter()
     options = options or EvalOptions()
     subject = find_subject(run, options.checkpoint, overrides)
-    config = replace(
-        subject.config,
-        max_eval_samples=options.max_samples or subject.config.max_eval_samples,
-        max_tokens_per_microbatch=None,  # of training alone
-    )
+    # What is of training alone could not be what this split needs.
+    config = replace(subject.config, max_tokens_per_microbatch=None)
     num_samples, ks = options.counts(config)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     check_installed(config)
     set_seed(config.seed)
-    split, dataset = load_split(config, options.split)
+    split, dataset = load_split(config, options.split, options.max_samples)
     console = console or Console(logging_steps=config.logging_steps)
     with closing(build_judges(config)) as judges:
         judge = Judge(judges, options.judge, options.threshold)

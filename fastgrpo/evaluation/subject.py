@@ -177,12 +177,15 @@ def _base_of(path: Path) -> str | None:
     return base
 
 
-def load_split(config: TrainConfig, split: str | None) -> tuple[str, Dataset]:
+def load_split(
+    config: TrainConfig, split: str | None, max_samples: int | None = None
+) -> tuple[str, Dataset]:
     """Return the name of the held-out split and its prompts.
 
     Args:
         config: names the dataset, its test split, and how many prompts are measured.
         split: in place of the configuration's.
+        max_samples: in place of the configuration's `max_eval_samples`.
 
     Raises:
         ValueError: there is no such split, or none but that of training.
@@ -195,7 +198,7 @@ def load_split(config: TrainConfig, split: str | None) -> tuple[str, Dataset]:
                 "which is trained on; say with --split which prompts to measure"
             )
     dataset = _load(config, split)
-    count = config.max_eval_samples
+    count = max_samples or config.max_eval_samples
     if count is not None:
         dataset = dataset.select(range(min(count, len(dataset))))
     return split, dataset

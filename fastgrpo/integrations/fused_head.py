@@ -73,7 +73,7 @@ def add_fused_head(
             hidden = hidden.float()
             autocast = torch.autocast(hidden.device.type, enabled=False)
         with autocast:
-            output = head(hidden, module.weight, module.bias)
+            output = head(hidden, module.weight, getattr(module, "bias", None))
         if kwargs.get("output_router_logits"):
             output.aux_loss = _balancing_loss(self, body, kwargs.get("attention_mask"))
         return output

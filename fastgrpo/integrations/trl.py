@@ -182,25 +182,25 @@ class _FusedLoss:
         old_logps = inputs.get("old_per_token_logps")
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         num_items = inputs["num_items_in_batch"] if self.loss_type in _TOKEN_MEANS else None
-        needs_statistics = self.top_entropy_quantile < 1 or self.off_policy_mask_threshold
+        threshold = self.off_policy_mask_threshold
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedOutput:
             hidden = hidden[:, -ids.shape[1] - 1 : -1]
             entropy_mask = policy_weight = None
-            if needs_statistics:
+            if self.top_entropy_quantile < 1 or threshold is not None:
                 with torch.no_grad():
                     logps, entropy = self._logps_of(hidden, weight, bias, ids, mask)
                 if self.top_entropy_quantile < 1:
                     quantile = 1 - self.top_entropy_quantile
                     entropy_mask = self.get_high_entropy_mask(entropy, mask, quantile)
-                if self.off_policy_mask_threshold is not None:
+                if threshold is not None:
                     then = logps if old_logps is None else old_logps
                     policy_weight = self.get_off_policy_mask(
                         advantages=advantages[:, None] if advantages.dim() == 1 else advantages,
                         per_token_logps=logps,
                         sampling_per_token_logps=inputs.get("sampling_per_token_logps", then),
                         mask=mask,
-                        off_policy_threshold=self.off_policy_mask_threshold,
+                        off_policy_threshold=threshold,
                     )
             seen = mask if entropy_mask is None else mask * entropy_mask
             denominator = seen.sum().clamp(min=1) * bonus_factor

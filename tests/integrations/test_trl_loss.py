@@ -81,6 +81,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"top_entropy_quantile": 0.4},
     ),
     "off-policy mask": ({}, {"off_policy_mask_threshold": 0.1}),
+    "off-policy mask at 0": ({}, {"off_policy_mask_threshold": 0.0}),
     "off-policy mask, KL": (
         {"beta": 0.3, "loss_type": "grpo"},
         {"off_policy_mask_threshold": 0.1},
