@@ -116,10 +116,12 @@ def test_loss_and_gradients_are_those_of_fp64(run: Run) -> None:
         {"loss", "hidden"} if run.cell.frozen else
         {"loss", "hidden", "weight"}
     )  # fmt: skip
-    assert not measure.is_wrong(error, naive)
-    # Measured: 2.0 times naive's error, and 2e-4 in the log-probs of fp16.
+    assert not measure.is_wrong(error, naive, dtype=getattr(torch, run.cell.dtype))
+    # Measured: 2.0 times naive's error, 2e-4 in the log-probs of fp16, and 5e-6 in a loss of fp32,
+    # of which naive's own error is now and then next to none.
     floor = {"float32": 1e-6, "float16": 3e-4, "bfloat16": 3e-4}[run.cell.dtype]
-    assert all(error[part] <= 2.5 * naive[part] + floor for part in error), record
+    floors = {part: max(floor, 1e-5) if part == "loss" else floor for part in error}
+    assert all(error[part] <= 2.5 * naive[part] + floors[part] for part in error), record
 
 
 @pytest.mark.peers

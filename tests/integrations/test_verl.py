@@ -17,7 +17,11 @@ from torch import nn
 
 from fastgrpo.integrations.verl_head import forward_with_fastgrpo_backend
 
-pytestmark = pytest.mark.peers
+pytestmark = [
+    pytest.mark.peers,
+    # verl's own imports, where TRL is there too.
+    pytest.mark.filterwarnings("ignore:.*trl.experimental"),
+]
 
 core_algos: Any = pytest.importorskip("verl.trainer.ppo.core_algos")
 dense_common: Any = pytest.importorskip("verl.models.transformers.dense_common")
