@@ -1,13 +1,14 @@
 # `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
-# loss with peers in miniature. `make peers` installs TRL, Liger, verl and OpenRLHF as well and runs the
-# tests that hold us to them, `make trl` those of TRL with each of its versions; `make benchmark` compares with them in full on a CPU. All set up `.venv` first.
-# `make tour` runs the commands of the README's tour.
+# loss with peers in miniature. `make tour` runs the commands of the README's tour. `make peers` installs
+# TRL, Liger, verl and OpenRLHF as well and runs the tests that hold us to them; `make integrations` of
+# these only the drop-in modules', and tries a wheel; `make trl` each version of TRL. `make benchmark`
+# compares with peers in full on a CPU. All set up `.venv` first.
 # `make vllm` runs the tests against vLLM's CPU build, in an environment of its own: it pins versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick tour peers trl vllm benchmark lint clean
+.PHONY: demo test quick tour peers integrations trl vllm benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
@@ -23,6 +24,11 @@ tour: $(VENV)/.installed
 
 peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers -n auto --dist loadfile
+
+# What other people's trainers get: against their packages, and out of an installed wheel.
+integrations: $(VENV)/.peers
+	$(BIN)/python -m pytest -m peers -n auto --dist loadfile tests/integrations
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 # FastGRPOTrainer against each version of TRL that it takes, the pinned one last.
 trl: $(VENV)/.peers
