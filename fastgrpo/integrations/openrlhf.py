@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fastgrpo_kernels import GRPOLossConfig, policy_loss
 
+from .clip_options import clip_options
+
 # Probabilities stay this far from 0 and 1, that the logs of a divergence be finite (OpenRLHF's).
 _CHANCE = 1e-6
 # Stands for a denominator of 0.
@@ -62,49 +64,51 @@ class PolicyLoss(nn.Module):
         is_correction_threshold: Sequence[float] = (0.5, 5.0),
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("policy_loss_type", policy_loss_type, ("ppo", "gspo")),
-            ("is_correction_level", is_correction_level, ("off", "token", "seq")),
-            ("is_correction_mode", is_correction_mode, ("mask", "clip")),
-            ("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if dual_clip is not None and not dual_clip > 1 + clip_eps_high:
-            raise ValueError(
-                f"dual_clip={dual_clip} must be above 1 + clip_eps_high = {1 + clip_eps_high}: "
-                "below it, the cap of negative advantages would undo their clip"
-            )
-        by_token_ratio = is_correction_level != "seq" and is_correction_gating == "ratio"
-        if is_correction_mode == "clip" and not by_token_ratio:
-            raise ValueError(
-                "is_correction_mode='clip' clamps ratios of tokens: it needs "
-                "is_correction_level='token' and is_correction_gating='ratio', got "
-                f"{is_correction_level!r} and {is_correction_gating!r}"
-            )
-        low, _ = is_correction_threshold
-        if is_correction_level != "off" and is_correction_gating != "ratio" and low > 0:
-            raise ValueError(
-                f"is_correction_gating={is_correction_gating!r} is bounded from above only: "
-                f"is_correction_threshold must start with 0, got {tuple(is_correction_threshold)}"
-            )
-        by_sequence = policy_loss_type == "gspo"
         self.clip_eps_low = clip_eps_low
         self.clip_eps_high = clip_eps_high
         self.dual_clip = dual_clip
-        self.token_level_loss = token_level_loss and not by_sequence
+        self.token_level_loss = token_level_loss and policy_loss_type != "gspo"
         self.policy_loss_type = policy_loss_type
         self.is_correction_level = is_correction_level
         self.is_correction_mode = is_correction_mode
         self.is_correction_gating = is_correction_gating
         self.is_correction_threshold = is_correction_threshold
-        self.config = GRPOLossConfig(
+        self._options()
+
+    def _options(self) -> GRPOLossConfig:
+        """Check the attributes, which may be changed at any time, and return our options."""
+        for name, choices in (
+            ("policy_loss_type", ("ppo", "gspo")),
+            ("is_correction_level", ("off", "token", "seq")),
+            ("is_correction_mode", ("mask", "clip")),
+            ("is_correction_gating", ("ratio", "binary_kl", "tv")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        level, gating = self.is_correction_level, self.is_correction_gating
+        if self.is_correction_mode == "clip" and (level == "seq" or gating != "ratio"):
+            raise ValueError(
+                "is_correction_mode='clip' clamps ratios of tokens: it needs "
+                "is_correction_level='token' and is_correction_gating='ratio', got "
+                f"{level!r} and {gating!r}"
+            )
+        low, high = self.is_correction_threshold
+        if level != "off" and gating != "ratio" and low > 0:
+            raise ValueError(
+                f"is_correction_gating={gating!r} is bounded from above only: "
+                f"is_correction_threshold must start with 0, got {(low, high)}"
+            )
+        return GRPOLossConfig(
             loss_type="dapo" if self.token_level_loss else "grpo",
-            importance_sampling_level="sequence" if by_sequence else "token",
-            epsilon_low=clip_eps_low,
-            epsilon_high=clip_eps_high,
-            delta=dual_clip,
+            importance_sampling_level="sequence" if self.policy_loss_type == "gspo" else "token",
             skip_empty_sequences=True,
+            **clip_options(
+                ("clip_eps_low", self.clip_eps_low),
+                ("clip_eps_high", self.clip_eps_high),
+                ("dual_clip", self.dual_clip),
+            ),
         )
 
     def forward(
@@ -138,7 +142,8 @@ class PolicyLoss(nn.Module):
             log-probs, and share of tokens (of non-empty sequences) outside of the threshold.
 
         Raises:
-            ValueError: shapes that do not fit, or a correction without `rollout_log_probs`.
+            ValueError: shapes or attributes that do not fit, or a correction without
+                `rollout_log_probs`.
         """
         mask_BT = torch.ones_like(log_probs, dtype=torch.bool)
         if action_mask is not None:
@@ -157,15 +162,20 @@ class PolicyLoss(nn.Module):
                 coefficient_BT, vllm_kl, filtered = self._correction(
                     old_log_probs, rollout_log_probs, mask_BT
                 )
+        log_ratio_BT = log_probs - old_log_probs
+        if self.policy_loss_type == "ppo":
+            # OpenRLHF's cut, in value and gradient.
+            log_ratio_BT = log_ratio_BT.clamp(-20, 20)
         by_token = self.token_level_loss
         denominator = batch_num_tokens if by_token else global_batch_size
         given = denominator is not None
         output = policy_loss(
-            log_probs,
+            # The loss reads nothing of log-probs but their ratio, which may so stand for them.
+            log_ratio_BT,
             advantages,
-            config=self.config,
+            config=self._options(),
             completion_mask=mask_BT,
-            old_logps=old_log_probs,
+            old_logps=torch.zeros_like(log_ratio_BT),
             importance_sampling_ratio=coefficient_BT,
             # Denominators that are below 1 come afterwards.
             num_items_in_batch=1 if given and by_token else None,
@@ -175,7 +185,7 @@ class PolicyLoss(nn.Module):
         if given:
             # Of a step without tokens the share is 0, not 0 / 0.
             loss = loss * dp_size / torch.as_tensor(denominator).clamp(min=_TINY)
-        clipped = self._clipped(log_probs.detach() - old_log_probs, advantages, mask_BT)
+        clipped = self._clipped(log_ratio_BT.detach(), advantages, mask_BT)
         return loss, clipped, ppo_kl, vllm_kl, filtered
 
     def _clipped(self, log_ratio_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor) -> Tensor:

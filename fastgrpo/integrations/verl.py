@@ -8,6 +8,8 @@
 The first line makes every worker import this module, which registers what the others name; the
 last two belong together, and either they or the second may be left out. verl hands the policy loss
 log-probs, so that the memory is saved in the head: its loss and ours have the same values.
+`loss_mode=fastgrpo_sapo` needs actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean as well,
+which verl's own sapo takes whatever that option says.
 
 Without verl the module can be imported, and its losses called; then nothing is registered.
 
@@ -26,23 +28,18 @@ from torch import Tensor
 
 from fastgrpo_kernels import GRPOLossConfig, policy_loss
 
+from .clip_options import clip_options
 from .verl_head import use_fused_head
 
-_TOKEN_MEANS = ("token-mean", "token-sum")
-_PPO = {
-    "token-mean": "dapo",
-    "token-sum": "dapo",
-    "seq-mean-token-mean": "grpo",
-    "seq-mean-token-sum": "luspo",
-    "seq-mean-token-sum-norm": "luspo",  # and divided by the factor: dr_grpo
-}
-# The loss type that is an objective of verl's, averaged as verl's loss_agg_mode says.
-_LOSS_TYPES: dict[str, dict[str, Any]] = {
-    "vanilla": _PPO,
-    "gspo": _PPO,
-    "cispo": dict.fromkeys(_TOKEN_MEANS, "cispo"),
-    "sapo": {"seq-mean-token-mean": "sapo"},
-}
+_AGGREGATIONS = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
+# verl cuts log-ratios, those of tokens both ways and of sequences above, in value and gradient.
+_CUT, _CUT_OF_SEQUENCE = 20, 10
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class PolicyLoss:
             response_mask: tokens that count; what stands behind a 0 may be anything.
             loss_agg_mode: how tokens are averaged: `token-mean` as `dapo`, `seq-mean-token-mean` as
                 `grpo`, `seq-mean-token-sum` as `luspo`, `seq-mean-token-sum-norm` as `dr_grpo`, or
-                `token-sum`. `cispo` takes those of tokens, `sapo` takes `seq-mean-token-mean`.
+                `token-sum`. `sapo` is defined by `seq-mean-token-mean`, and takes no other.
             config: verl's ActorConfig. Read are clip_ratio, clip_ratio_low, clip_ratio_high, for
                 `vanilla` clip_ratio_c (our delta), for `sapo` tau_pos and tau_neg, and
                 global_batch_info, verl's denominators of the whole optimisation step.
@@ -89,65 +86,82 @@ class PolicyLoss:
         """
         if config is None:
             raise ValueError("config must be verl's ActorConfig of the actor, got None")
-        if loss_agg_mode not in _LOSS_TYPES[self.objective]:
-            choices = ", ".join(_LOSS_TYPES[self.objective])
+        if loss_agg_mode not in _AGGREGATIONS:
+            choices = ", ".join(_AGGREGATIONS)
+            raise ValueError(f"loss_agg_mode must be one of {choices}, got {loss_agg_mode!r}")
+        by_length = loss_agg_mode == "seq-mean-token-mean"
+        if self.objective == "sapo" and not by_length:
             raise ValueError(
-                f"loss_agg_mode must be one of {choices} for this loss, got {loss_agg_mode!r}"
+                f"sapo is averaged by sequence and would ignore loss_agg_mode={loss_agg_mode!r}: "
+                "set actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"
             )
+        options = self._options(config)
         mask_BT = response_mask != 0
-        options = self._options(loss_agg_mode, config)
-        scale, num_tokens, num_sequences = _share(
-            loss_agg_mode, log_prob.shape[-1], **config.global_batch_info
-        )
-        log_ratio_BT = torch.where(mask_BT, log_prob.detach() - old_log_prob, 0)
-        kl_BT = -log_ratio_BT if self.objective == "gspo" else -log_ratio_BT.clamp(-20, 20)
+        length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1)
+        # In 16 bits verl's loss, and a difference of log-probs, would be rounded.
+        log_prob = log_prob.to(torch.promote_types(log_prob.dtype, torch.float32))
+        log_ratio_BT = torch.where(mask_BT, log_prob - old_log_prob, 0)
+        kl_BT = -log_ratio_BT.detach()
         if self.objective == "gspo":
             # The ratio of the sequence, with the gradient of the token's own log-prob (GSPO-token):
             # weights and advantages may differ within a sequence.
-            length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1)
-            log_ratio_B1 = (log_ratio_BT.sum(-1, keepdim=True) / length_B1).clamp(max=10)
-            log_ratio_BT = log_ratio_B1.expand_as(log_ratio_BT)
-            old_log_prob = log_prob.detach() - log_ratio_BT
+            mean_B1 = log_ratio_BT.detach().sum(-1, keepdim=True) / length_B1
+            log_ratio_BT = (log_prob - log_prob.detach() + mean_B1).clamp(max=_CUT_OF_SEQUENCE)
+        else:
+            log_ratio_BT = log_ratio_BT.clamp(-_CUT, _CUT)
+            kl_BT = -log_ratio_BT.detach()
+        # sapo divides by lengths of itself.
+        weight_B1 = None
+        if by_length and self.objective != "sapo":
+            weight_B1 = 1 / length_B1.to(log_ratio_BT.dtype)
+        # A loss reads nothing of log-probs but their ratio, which may so stand for them; only cispo
+        # has a log-prob as a factor.
+        logps_BT, old_BT = log_ratio_BT, torch.zeros_like(log_ratio_BT)
+        if self.objective == "cispo":
+            logps_BT, old_BT = log_prob, log_prob - log_ratio_BT
         output = policy_loss(
-            log_prob,
+            logps_BT,
             advantages,
             config=options,
             completion_mask=mask_BT,
-            old_logps=old_log_prob,
+            old_logps=old_BT,
             importance_sampling_ratio=rollout_is_weights,
-            num_items_in_batch=num_tokens,
-            num_sequences_in_batch=num_sequences,
+            policy_weight=weight_B1,
+            # A sum over tokens, of sapo over sequences: what divides it is verl's.
+            num_items_in_batch=1,
+            num_sequences_in_batch=1,
         )
-        advantages_BT = torch.where(mask_BT, advantages, 0)
-        clipped_BT, capped_BT = self._clipped(log_ratio_BT, advantages_BT, options)
+        loss = _averaged(output.loss, loss_agg_mode, mask_BT, **config.global_batch_info)
+        clipped_BT, capped_BT = self._clipped(log_ratio_BT.detach(), advantages, options)
         reports_3BT = torch.stack((clipped_BT.to(kl_BT), kl_BT, capped_BT.to(kl_BT))) * mask_BT
         # One wait for the device, not one for each number.
         means: list[float] = (reports_3BT.sum((1, 2)) / mask_BT.sum().clamp(min=1)).tolist()
         names: tuple[str, ...] = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-        return output.loss * scale, dict(zip(names, means, strict=True))
+        return loss, dict(zip(names, means, strict=True))
 
-    def _options(self, loss_agg_mode: str, config: Any) -> GRPOLossConfig:
+    def _options(self, config: Any) -> GRPOLossConfig:
         """Return our options for verl's."""
-        low, high = (
-            config.clip_ratio if bound is None else bound
-            for bound in (config.clip_ratio_low, config.clip_ratio_high)
-        )
-        delta = config.clip_ratio_c if self.objective == "vanilla" else None
-        if delta is not None and not delta > 1 + high:
-            raise ValueError(
-                f"clip_ratio_c={delta} must be above 1 + clip_ratio_high = {1 + high}: below it, "
-                "the cap of negative advantages would undo their clip"
+        if self.objective == "sapo":
+            for name in ("tau_pos", "tau_neg"):
+                if not getattr(config, name) > 0:
+                    raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
+            return GRPOLossConfig(
+                loss_type="sapo",
+                sapo_temperature_pos=config.tau_pos,
+                sapo_temperature_neg=config.tau_neg,
             )
-        taus = {"sapo_temperature_pos": config.tau_pos, "sapo_temperature_neg": config.tau_neg}
+        low, high = (
+            (name if getattr(config, name) is not None else "clip_ratio")
+            for name in ("clip_ratio_low", "clip_ratio_high")
+        )
         return GRPOLossConfig(
-            loss_type=_LOSS_TYPES[self.objective][loss_agg_mode],
-            # verl's users write 10 for "no lower bound", which a ratio reaches at 0.
-            epsilon_low=min(low, 1),
-            epsilon_high=high,
-            delta=delta,
+            loss_type="cispo" if self.objective == "cispo" else "dapo",
             cispo_bounds="verl",
-            skip_empty_sequences=True,
-            **taus if self.objective == "sapo" else {},
+            **clip_options(
+                (low, getattr(config, low)),
+                (high, getattr(config, high)),
+                ("clip_ratio_c", config.clip_ratio_c if self.objective == "vanilla" else None),
+            ),
         )
 
     def _clipped(
@@ -189,6 +203,8 @@ def register() -> None:
         import_module("verl.trainer.ppo.core_algos").register_policy_loss(name)(loss)
     monkey_patch: Any = import_module("verl.models.transformers.monkey_patch")
     patch_as_verl = monkey_patch.patch_forward_with_backends
+    if patch_as_verl.__module__ == __name__:
+        return  # registered before
 
     def patch_forward_with_backends(
         model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
@@ -201,40 +217,42 @@ def register() -> None:
     monkey_patch.patch_forward_with_backends = patch_forward_with_backends
 
 
-def _share(
+def _averaged(
+    total: Tensor,
     loss_agg_mode: str,
-    length: int,
+    mask_BT: Tensor,
     *,
     dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
     loss_scale_factor: float | None = None,
-) -> tuple[float, float | None, float | None]:
-    """Return what multiplies the loss of a call, and its tokens or sequences, those of the step.
+) -> Tensor:
+    """Divide the sum of a call, of tokens or of sequences, by those of the step.
 
-    A padded response's `length` is the factor of `seq-mean-token-sum-norm` where none is given.
+    A padded response's length is the factor of `seq-mean-token-sum-norm` where none is given.
     """
-    if loss_scale_factor is not None and loss_agg_mode != "seq-mean-token-sum-norm":
+    total = total * dp_size
+    if loss_agg_mode == "seq-mean-token-sum-norm":
+        factor = mask_BT.shape[-1] if loss_scale_factor is None else loss_scale_factor
+        if not factor > 0:
+            raise ValueError(f"loss_scale_factor must be above 0, got {factor}")
+        total = total / factor
+    elif loss_scale_factor is not None:
         raise ValueError(
             f"loss_scale_factor={loss_scale_factor} belongs to seq-mean-token-sum-norm and would "
             f"be ignored by loss_agg_mode={loss_agg_mode!r}: leave it out"
         )
     if loss_agg_mode == "token-sum":
-        return dp_size, 1, None
-    by_token = loss_agg_mode == "token-mean"
-    if dp_size > 1 and (batch_num_tokens if by_token else global_batch_size) is None:
-        name = "batch_num_tokens" if by_token else "global_batch_size"
+        return total
+    name, count, counted = "global_batch_size", global_batch_size, mask_BT.any(-1)
+    if loss_agg_mode == "token-mean":
+        name, count, counted = "batch_num_tokens", batch_num_tokens, mask_BT
+    if count is None and dp_size > 1:
         raise ValueError(f"{name} of the whole step is needed with dp_size={dp_size}, got None")
-    if by_token:
-        return dp_size, batch_num_tokens, None
-    factor = 1
-    if loss_agg_mode == "seq-mean-token-sum-norm":
-        factor = length if loss_scale_factor is None else loss_scale_factor
-        if not factor > 0:
-            raise ValueError(f"loss_scale_factor must be above 0, got {factor}")
-    return dp_size / factor, None, global_batch_size
+    return total / torch.as_tensor(counted.sum() if count is None else count).clamp(min=1)
 
 
-# Looked for, not tried: an installed verl that does not import should say why.
-if find_spec("verl") is not None:
+# Looked for, not tried: an installed verl that does not import should say why. A folder of that
+# name has no origin.
+if (_found := find_spec("verl")) is not None and _found.origin is not None:
     register()

@@ -62,3 +62,26 @@ def make_batch(seed: int = 0, spread: float = 0.8) -> Batch:
         mask=mask,
         weights=normal().exp(),
     ).with_graph()
+
+
+def make_far_batch() -> Batch:
+    """Return log-ratios on and beyond what trainers cut them at, 10 and 20, exact to the bit."""
+    log_ratios = [
+        [10.0] * 6,
+        [10.25] * 6,
+        [20.0, -20.0, 20.25, -20.25, 800.0, -800.0],
+        [25.0, 24.0, -25.0, 20.0, 0.25, -0.25],
+        [-30.0] * 6,
+    ]
+    batch = make_batch()
+    logps = torch.full_like(batch.old, -1.0)
+    ratios = torch.tensor(log_ratios, dtype=logps.dtype)
+    advantages = torch.tensor([-1.0, -0.5, 2.0, -2.0, -1.5, -1.0]).to(logps).expand_as(logps)
+    return dataclasses.replace(
+        batch,
+        logps=logps,
+        old=logps - ratios,
+        sampler=logps - ratios + 0.25,
+        advantages=advantages.contiguous(),
+        mask=torch.ones_like(batch.mask),
+    ).with_graph()

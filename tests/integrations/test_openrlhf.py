@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy_cases import make_batch
+from policy_cases import make_batch, make_far_batch
 
 from fastgrpo.integrations.openrlhf import PolicyLoss
 
@@ -104,6 +104,16 @@ def test_all_results_and_the_gradient_are_openrlhfs(theirs, options, correction)
         ]
         assert_equal(*results)
         assert results[0][1] > 0.05, "nothing was clipped"
+
+
+@pytest.mark.parametrize("options", [{}, {"token_level_loss": False}, {"policy_loss_type": "gspo"}])
+def test_far_log_ratios_are_cut_where_openrlhf_cuts_them(theirs, options):
+    (*ours, grad), (*others, their_grad) = (
+        run(module(**options), make_far_batch()) for module in (PolicyLoss, theirs.PolicyLoss)
+    )
+    torch.testing.assert_close(grad, their_grad, rtol=5e-8, atol=0)
+    for mine, other in zip(ours[:3], others[:3], strict=True):
+        torch.testing.assert_close(mine.double(), other.double(), rtol=5e-8, atol=0)
 
 
 @pytest.mark.parametrize("options", LOSSES[1:4], ids=["tokens", "sequences", "gspo"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_cases import Batch, make_batch
+from policy_cases import Batch, make_batch, make_far_batch
 from torch import Tensor
 
 from fastgrpo.integrations.openrlhf import PolicyLoss
@@ -78,6 +78,46 @@ def test_values_gradients_and_metrics(kind):
     assert clipped > 0.1
     assert [metrics[0].item(), metrics[1].item()] == pytest.approx([clipped, kl], rel=1e-12)
     assert metrics[2:] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "sequences", "gspo"])
+def test_far_log_ratios_of_tokens_are_cut_in_value_and_gradient(kind):
+    batch = make_far_batch()
+    log_ratios = batch.logps - batch.old
+    if kind == "gspo":
+        log_ratios = log_ratios.mean(-1, keepdim=True).expand_as(log_ratios)
+    else:
+        log_ratios = log_ratios.clamp(-20, 20)
+    ratios, advantages = log_ratios.exp(), batch.advantages
+    losses = torch.maximum(-advantages * ratios, -advantages * ratios.clamp(LOW, HIGH))
+    (gradient,) = torch.autograd.grad(losses.mean(), batch.logps)
+    module = make_loss(kind)
+    module.dual_clip = None  # or it would hide what is cut
+    loss, *_ = module(batch.logps, batch.old, batch.advantages, batch.mask)
+    loss.backward()
+    torch.testing.assert_close(loss, losses.mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(batch.logps.grad, gradient, rtol=1e-12, atol=0)
+
+
+def test_attributes_that_are_changed_later_count():
+    batch, module = make_batch(), PolicyLoss()
+    module.clip_eps_low, module.clip_eps_high, module.dual_clip = 1 - LOW, HIGH - 1, CAP
+    module.token_level_loss = False
+    found = module(batch.logps, batch.old, batch.advantages, batch.mask)
+    expected, clipped, _ = transcription(batch, "sequences")
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=0)
+    assert found[1].item() == pytest.approx(clipped, rel=1e-12)
+    module.dual_clip = 1.1
+    with pytest.raises(ValueError, match=r"^dual_clip must be .* got 1\.1"):
+        module(batch.logps, batch.old, batch.advantages, batch.mask)
+
+
+def test_a_lower_bound_beyond_1_is_none():
+    batch, results = make_batch(spread=3.0), []
+    for low in (1.0, 1.5, 10):
+        module = PolicyLoss(low)
+        results.append(module(batch.logps, batch.old, batch.advantages, batch.mask)[:2])
+    assert results[0] == results[1] == results[2]
 
 
 def test_without_a_mask_all_tokens_count():
@@ -191,7 +231,9 @@ def test_denominators_of_the_step_may_be_fractions_and_zero(kind):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dual_clip": 1.1}, "dual_clip=1.1 must be above 1 .* 1.2"),
+        ({"dual_clip": 1.1}, r"^dual_clip must be .* above 1 \+ clip_eps_high = 1.2, got 1.1"),
+        ({"clip_eps_low": -0.1}, "^clip_eps_low must be .* 0 or more, got -0.1"),
+        ({"clip_eps_high": float("inf")}, "^clip_eps_high must be a finite number"),
         ({"policy_loss_type": "cispo"}, "policy_loss_type must be one of ppo, gspo, got 'cispo'"),
         ({"is_correction_level": "batch"}, "is_correction_level must be one of off, token, seq"),
         (

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from policy_cases import make_batch
+from policy_cases import make_batch, make_far_batch
 from small_models import save_small_model, small_model
 from torch import nn
 
+from fastgrpo.integrations.verl import register
 from fastgrpo.integrations.verl_head import forward_with_fastgrpo_backend
 
 pytestmark = pytest.mark.peers
@@ -44,7 +45,7 @@ MODES = [
 CASES = [
     *(("fastgrpo", "vanilla", mode) for mode in MODES),
     *(("fastgrpo_gspo", "gspo", mode) for mode in MODES),
-    *(("fastgrpo_cispo", "cispo", mode) for mode in MODES[:2]),
+    *(("fastgrpo_cispo", "cispo", mode) for mode in MODES),
     ("fastgrpo_sapo", "sapo", "seq-mean-token-mean"),
 ]
 # verl adds 1e-8 to lengths and counts of tokens before it divides by them.
@@ -109,6 +110,14 @@ def test_loss_gradient_and_metrics_are_verls(name, theirs, mode, weighted):
         assert_equal(ours, call(theirs, mode, config, make_batch(seed), weighted))
         clipped += ours[2]["actor/pg_clipfrac"]
     assert clipped > 0.2 or theirs == "sapo"
+
+
+@pytest.mark.parametrize(("name", "theirs", "mode"), CASES)
+def test_far_log_ratios_are_cut_where_verl_cuts_them(name, theirs, mode):
+    config = actor(mode, clip_ratio_low=10, clip_ratio_c=1e12)  # bounds that hide nothing
+    ours, others = (call(each, mode, config, make_far_batch(), True) for each in (name, theirs))
+    assert_equal(ours, others)
+    torch.testing.assert_close(ours[1], others[1], rtol=REL, atol=0)
 
 
 @pytest.mark.parametrize(("name", "theirs", "mode"), CASES)
@@ -325,6 +334,12 @@ def test_the_bias_of_a_head_counts(put_back):
     found, grads = run(model, {"input_ids": ids, "temperature": 0.7})
     torch.testing.assert_close(found.log_probs, expected, rtol=2e-6, atol=2e-6)
     assert grads["lm_head.bias"].abs().max() > 0.1
+
+
+def test_to_register_again_changes_nothing():
+    patched = monkey_patch.patch_forward_with_backends
+    register()
+    assert monkey_patch.patch_forward_with_backends is patched
 
 
 def test_verls_other_backends_are_still_verls(put_back):
