@@ -217,6 +217,7 @@ def test_options_of_a_run_written_as_options_of_the_command_are_led_to_their_key
 
 def test_options_of_training_are_refused_where_nothing_is_trained(config_file, capsys):
     overrides = ["seed=3", "learning_rate=1e-5", "warmup_ratio=0.1", "epsilon=0.1", "output_dir=x"]
+    overrides += ["max_steps=7"]
     assert main(["eval", str(config_file), *overrides]) == 2
     said = capsys.readouterr().err.splitlines()[1:]
     of_training = "is of training, and `fastgrpo eval` does not train; "
@@ -224,6 +225,7 @@ def test_options_of_training_are_refused_where_nothing_is_trained(config_file, c
         f"epsilon_high: {of_training}leave it out",
         f"epsilon_low: {of_training}leave it out",
         f"learning_rate: {of_training}leave it out",
+        f"max_steps: {of_training}leave it out",
         f"output_dir: {of_training}--out says where results go",
         f"warmup_steps: {of_training}leave it out",
     ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgrpo.config import ConfigError, TrainConfig, config_from, load_config
+from fastgrpo.config import ConfigError, EvalConfig, TrainConfig, config_from, load_config
 from fastgrpo.config.effects import NEEDS, OF_TRAINING
 
 DEFAULTS = TrainConfig().flat()
@@ -19,6 +19,7 @@ EFFECTS = {
     "dataset_train_split": ("all", {"task": "arithmetic"}, {}),
     "dataset_test_split": ("test", {"task": "arithmetic"}, {}),
     "prompt_column": ("question", {"task": "arithmetic"}, {}),
+    "warm_start_accuracy": (0.5, {}, {"task": "arithmetic"}),
     "system_prompt": ("Count.", {"task": "arithmetic"}, {}),
     "chat_template_kwargs": ({"a": 1}, {"task": "arithmetic"}, {}),
     "lora_r": (8, {}, {"use_peft": True}),
@@ -45,7 +46,6 @@ EFFECTS = {
     ),
     "vllm_importance_sampling_clip_max": (2.0, {}, {"use_vllm": True}),
     "vllm_importance_sampling_clip_min": (0.5, {}, {"use_vllm": True}),
-    "soft_punish_cache": (7, {}, {"reward_funcs": ["accuracy", "soft_overlong_punishment"]}),
     "scale_rewards": ("batch", {"multi_objective_aggregation": "normalize_then_sum"}, {}),
     "advantage_baseline": (
         "leave_one_out",
@@ -69,7 +69,7 @@ EFFECTS = {
     "vespo_k_neg": (0.7, {}, {"loss_type": "vespo"}),
     "vespo_lambda_neg": (0.7, {}, {"loss_type": "vespo"}),
     "gmpo_clip": (0.7, {}, {"loss_type": "gmpo"}),
-    "skip_empty_sequences": (True, {}, {"loss_type": "grpo"}),
+    "skip_empty_sequences": (True, {}, {"loss_type": "vespo"}),
     "entropy_coef_min": (0.1, {}, {"use_adaptive_entropy": True, "entropy_coef": 0.5}),
     "entropy_coef_max": (0.9, {}, {"use_adaptive_entropy": True}),
     "entropy_coef_delta": (0.1, {}, {"use_adaptive_entropy": True}),
@@ -92,7 +92,9 @@ EFFECTS = {
 # Those that always have one, as far as a configuration can tell.
 EFFECTIVE = {
     *("bf16", "padding_free", "torch_compile", "disable_dropout", "gradient_checkpointing"),
-    *("activation_offloading", "use_peft", "trust_remote_code", "task", "warm_start_accuracy"),
+    *("activation_offloading", "use_peft", "task"),
+    "trust_remote_code",  # reward models have code, too, beside a task
+    "soft_punish_cache",  # `Trainer` may be given its reward; `Judges` refuses it without
     *("shuffle_dataset", "num_generations", "max_completion_length", "temperature", "top_p"),
     *("top_k", "min_p", "rollout_fn", "max_generation_batch_size", "cuda_graph", "use_vllm"),
     *("dynamic_sampling", "reward_funcs", "reward_weights", "reward_timeout", "reward_errors"),
@@ -117,11 +119,17 @@ def build(values):
 
 
 def test_of_every_option_it_is_decided_whether_it_can_be_without_effect():
-    assert {key for need in NEEDS for key in need.keys} == EFFECTS.keys()
+    assert {key for need in NEEDS if not need.refused_later for key in need.keys} == EFFECTS.keys()
     assert EFFECTS.keys() | EFFECTIVE == DEFAULTS.keys()
     assert not EFFECTS.keys() & EFFECTIVE
     assert set(OF_TRAINING) <= DEFAULTS.keys()
-    assert {need.switch for need in NEEDS} <= DEFAULTS.keys()
+    assert EFFECTS.keys() - set(OF_TRAINING) >= EvalConfig.EFFECTIVE
+    assert {switch for need in NEEDS for switch in need.switches} <= DEFAULTS.keys()
+
+
+def test_a_need_names_every_key_that_decides():
+    for need in NEEDS:
+        assert DEFAULTS.keys() & set(need.met.__code__.co_names) <= set(need.switches)
 
 
 @pytest.mark.filterwarnings("ignore:loss_type='cispo' caps")
@@ -189,6 +197,55 @@ def test_what_a_file_itself_or_an_override_leaves_without_effect_is_refused(tmp_
     path.write_text("max_steps: 9\n")
     with pytest.raises(ConfigError, match="num_train_epochs: has no effect with max_steps: 9"):
         load_config(path, ["num_train_epochs=2"])
+
+
+@pytest.mark.filterwarnings("ignore:loss_type='cispo' caps")
+@pytest.mark.parametrize(
+    ("text", "override", "keys"),
+    [
+        ("epsilon_low: 0.3", "loss_type=cispo", ["epsilon_low"]),
+        ("epsilon_low: 0.3\nepsilon_high: 0.4", "loss_type=sapo", ["epsilon_low", "epsilon_high"]),
+        (
+            "loss_type: dapo\nimportance_sampling_level: sequence\nskip_empty_sequences: true",
+            "importance_sampling_level=token",
+            ["skip_empty_sequences"],
+        ),
+        ("eval_strategy: steps\nmax_eval_samples: 3", "eval_strategy=no", ["max_eval_samples"]),
+        (
+            "dataset_name: null\nmax_eval_samples: 3",
+            "dataset_name=d",
+            ["max_eval_samples"],
+        ),
+        (
+            "reward_funcs: [soft_overlong_punishment]\nsoft_punish_cache: 4",
+            "reward_funcs=[accuracy]",
+            ["soft_punish_cache"],
+        ),
+        ("task: arithmetic\nwarm_start_accuracy: 0.5", "task=null", ["warm_start_accuracy"]),
+    ],
+)
+def test_an_override_is_never_refused_for_what_the_file_says(tmp_path, text, override, keys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        ("" if "dataset_name" in text else "dataset_name: d\n") * ("task" not in text) + text
+    )
+    before, after = load_config(path).flat(), load_config(path, [override]).flat()
+    for key in keys:
+        assert before[key] != DEFAULTS[key] == after[key]
+
+
+def test_what_only_an_evaluation_reads_is_taken_where_nothing_is_trained(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset_name: d\nmax_eval_samples: 3\nnum_generations_eval: 2\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    refused = [line.split(":")[0] for line in str(error.value).splitlines()[1:]]
+    assert refused == ["max_eval_samples", "num_generations_eval"]
+    for overrides in ([], ["dataset_name=e"], ["eval_strategy=no"]):
+        config = load_config(path, overrides, EvalConfig)
+        assert (config.max_eval_samples, config.num_generations_eval) == (3, 2)
+    with pytest.raises(ConfigError, match="eval_steps: has no effect"):
+        load_config(path, ["eval_steps=3"], EvalConfig)
 
 
 def test_defaults_of_trl_that_are_not_ours_say_nothing_where_they_do_nothing():

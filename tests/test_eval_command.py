@@ -10,6 +10,7 @@ from statistics import fmean
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, DatasetDict
 from small_models import save_small_model
 from small_runs import lines
@@ -448,6 +449,23 @@ def test_wrong_input_is_one_sentence_and_nothing_is_written(run, capsys, argumen
     assert sentence in error
     assert "Traceback" not in error
     assert set(run.rglob("*")) == before
+
+
+def test_what_bounds_an_evaluation_needs_none_during_training(workshop, run, tmp_path, capsys):
+    """Of an override, and of a run that measured prompts which were given as objects."""
+    for keys in ((), ("dataset_name", "dataset_test_split")):
+        path = tmp_path / "-".join(("run", *keys))
+        shutil.copytree(run, path, ignore=shutil.ignore_patterns("eval"))
+        values = yaml.safe_load((path / "config.yaml").read_text())
+        values |= dict.fromkeys(keys)
+        asked = {"max_eval_samples": 3, "num_generations_eval": 2}
+        overrides = [f"{key}={value}" for key, value in asked.items()]
+        if keys:
+            values |= {"max_eval_samples": 3}
+            overrides = [f"dataset_name={workshop}/problems", "num_generations_eval=2"]
+        (path / "config.yaml").write_text(yaml.safe_dump(values | {"eval_strategy": "no"}))
+        results = found(evaluate(path, *overrides, "--split", "test"))
+        assert (results["num_prompts"], results["num_samples"]) == (3, 2)
 
 
 def test_what_is_no_run_is_named(workshop, run, tmp_path, capsys):

@@ -7,4 +7,5 @@ from .file import load_config as load_config
 from .file import suggestion as suggestion
 from .output import is_due as is_due
 from .train import LOSS_KEYS as LOSS_KEYS
+from .train import EvalConfig as EvalConfig
 from .train import TrainConfig as TrainConfig

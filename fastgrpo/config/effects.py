@@ -19,26 +19,36 @@ class Need:
     """What some options need to have an effect."""
 
     keys: tuple[str, ...]
-    switch: str
-    """The key that decides."""
+    switches: tuple[str, ...]
+    """The keys that decide; the first is told."""
     met: Callable[[Any], bool]
     """Whether they have an effect, of all keys as attributes."""
     remedy: str
     """What to write for an effect."""
+    refused_later: bool = False
+    """Objects that the configuration does not know may meet it: who gets them refuses."""
 
     def problem(self, key: str, values: Values) -> str:
         """Say what is set, why it has no effect, and what to write."""
-        current = values[self.switch]
-        why = f"with {self.switch}: {_text(current)}"
+        switch, current = self.switches[0], values[self.switches[0]]
+        why = f"with {switch}: {_text(current)}"
         if current is None or current is False:
-            why = f"without {self.switch}{'' if current is None else ': true'}"
+            why = f"without {switch}{'' if current is None else ': true'}"
         value = _text(values[key])
         return f"{key}: has no effect {why}, got {value}; {self.remedy}, or leave {key} out"
 
 
-def without_effect(values: Values, defaults: Values) -> Iterator[tuple[str, Need]]:
-    """Yield the keys that are not at their defaults and do nothing, with what they need."""
-    options, found = SimpleNamespace(**values), set[str]()
+def without_effect(
+    values: Values, defaults: Values, effective: Collection[str] = ()
+) -> Iterator[tuple[str, Need]]:
+    """Yield the keys that are not at their defaults and do nothing, with what they need.
+
+    Args:
+        values: all keys.
+        defaults: of all keys.
+        effective: keys that have an effect whatever the others say.
+    """
+    options, found = SimpleNamespace(**values), set(effective)
     for need in NEEDS:
         if not need.met(options):
             for key in need.keys:
@@ -47,15 +57,17 @@ def without_effect(values: Values, defaults: Values) -> Iterator[tuple[str, Need
                     yield key, need
 
 
-def switched_off(values: Values, defaults: Values, overrides: Collection[str]) -> set[str]:
+def switched_off(
+    values: Values, defaults: Values, overrides: Collection[str], effective: Collection[str] = ()
+) -> set[str]:
     """Return the keys that would have an effect but for the overrides, which say otherwise."""
     off: set[str] = set()
     while True:
         left = {**values, **{key: defaults[key] for key in off}}
         more = {
             key
-            for key, need in without_effect(left, defaults)
-            if key not in overrides and need.switch in (*overrides, *off)
+            for key, need in without_effect(left, defaults, effective)
+            if key not in overrides and not {*overrides, *off}.isdisjoint(need.switches)
         }
         if not more:
             return off
@@ -66,8 +78,15 @@ def _keys(names: str) -> tuple[str, ...]:
     return tuple(names.split())
 
 
-def _need(keys: str, switch: str, met: Callable[[Any], bool], remedy: str) -> Need:
-    return Need(_keys(keys), switch, met, remedy)
+def _need(
+    keys: str,
+    switches: str,
+    met: Callable[[Any], bool],
+    remedy: str,
+    *,
+    refused_later: bool = False,
+) -> Need:
+    return Need(_keys(keys), _keys(switches), met, remedy, refused_later)
 
 
 def _with(switch: str, keys: str) -> Need:
@@ -99,6 +118,12 @@ NEEDS = (
         "task",
         lambda o: o.task is None,
         "a task makes its own model and dataset: leave task out",
+    ),
+    _need(
+        "warm_start_accuracy",
+        "task",
+        lambda o: o.task is not None,
+        "write task: arithmetic, whose model is warmed up",
     ),
     _with("use_peft", "lora_r lora_alpha lora_dropout lora_target_modules"),
     _with("load_in_4bit", "bnb_4bit_quant_type use_bnb_nested_quant"),
@@ -134,6 +159,7 @@ NEEDS = (
         "reward_funcs",
         lambda o: "soft_overlong_punishment" in o.reward_funcs,
         "add soft_overlong_punishment, which reads it",
+        refused_later=True,
     ),
     _need(
         "scale_rewards advantage_baseline",
@@ -156,7 +182,7 @@ NEEDS = (
     ),
     _need(
         "epsilon_low",
-        "cispo_bounds",
+        "cispo_bounds loss_type",
         lambda o: o.loss_type != "cispo" or o.cispo_bounds == "verl",
         "write cispo_bounds: verl",
     ),
@@ -172,7 +198,8 @@ NEEDS = (
     _with_loss("gmpo", "gmpo_clip"),
     _need(
         "skip_empty_sequences",
-        "loss_type",
+        "loss_type importance_sampling_level",
+        # Of these vespo, and ratios of sequences, have metrics that are means over sequences.
         lambda o: (
             o.loss_type not in ("dapo", "bnpo", "cispo") or o.importance_sampling_level != "token"
         ),
@@ -211,7 +238,7 @@ NEEDS = (
     ),
     _need(
         "max_eval_samples",
-        "dataset_test_split",
+        "dataset_test_split eval_strategy dataset_name",
         # Without a name prompts are given as objects, or by the task.
         lambda o: o.dataset_test_split or o.eval_strategy != "no" or o.dataset_name is None,
         "name the split to measure",
@@ -252,7 +279,8 @@ OF_TRAINING = _keys(
     gradient_checkpointing activation_offloading offload_ref_model sync_ref_model
     ref_model_mixup_alpha ref_model_sync_steps
 
-    filter_zero_advantages steps_per_generation num_iterations num_train_epochs shuffle_dataset
+    filter_zero_advantages steps_per_generation num_iterations max_steps num_train_epochs
+    shuffle_dataset
     warm_start_accuracy dynamic_sampling max_resample_rounds vllm_importance_sampling_correction
     vllm_importance_sampling_mode vllm_importance_sampling_clip_max
     vllm_importance_sampling_clip_min

@@ -25,11 +25,18 @@ from .train import DEFAULTS, LOSS_KEYS, TrainConfig
 from .trl import translate
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), kind: type[TrainConfig] = TrainConfig
+) -> TrainConfig:
     """Read a YAML file, put `key=value` overrides over it, and check everything.
 
     An option of the file that an override leaves without effect, as `beta=0` does with
     `kl_estimator`, is as if the file did not have it.
+
+    Args:
+        path: of the file.
+        overrides: `key=value` each.
+        kind: what to build, `EvalConfig` where nothing is trained.
 
     Raises:
         ConfigError: the file, a key or a value is wrong; every problem found is in the message, in
@@ -56,7 +63,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     second, of_overrides = translate(over, values | over)
     problems += [*of_file, *of_overrides]
     try:
-        return _build(first | second, problems, order=values | over, overrides=second)
+        return _build(first | second, problems, order=values | over, overrides=second, kind=kind)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from None
 
@@ -114,6 +121,7 @@ def _build(
     *,
     order: Collection[str],
     overrides: Collection[str] = (),
+    kind: type[TrainConfig] = TrainConfig,
 ) -> TrainConfig:
     """Build a configuration, or say all that is wrong.
 
@@ -122,6 +130,7 @@ def _build(
         refused: problems found before.
         order: the keys as they were given, in whose order problems are told.
         overrides: keys that win over what else is said by the others.
+        kind: what to build.
     """
     hints = typing.get_type_hints(GRPOLossConfig) | typing.get_type_hints(TrainConfig)
     problems, wrong, arguments = list(refused), set(map(_key_of, refused)), dict[str, Any]()
@@ -136,7 +145,7 @@ def _build(
         except ConfigError as error:
             problems.append(f"{key}: {error}")
             wrong.add(key)
-    for key in switched_off(DEFAULTS | arguments, DEFAULTS, overrides):
+    for key in switched_off(DEFAULTS | arguments, DEFAULTS, overrides, kind.EFFECTIVE):
         arguments.pop(key, None)
     loss = {key: arguments.pop(key) for key in LOSS_KEYS if key in arguments}
     while True:  # it tells of one problem at a time
@@ -150,7 +159,7 @@ def _build(
             wrong.add(key)
             del loss[key]
     try:
-        config = TrainConfig(**arguments, loss=loss_config)
+        config = kind(**arguments, loss=loss_config)
         if not problems:
             return config
     except ConfigError as error:

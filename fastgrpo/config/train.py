@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fastgrpo_kernels import GRPOLossConfig
 
@@ -66,6 +66,9 @@ class TrainConfig(  # the fields of the last come first in config.yaml
     loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
     """The loss; its temperature and max_completion_length are those above."""
 
+    EFFECTIVE: ClassVar[frozenset[str]] = frozenset()
+    """Keys that are read whatever the others say."""
+
     def __new__(cls, **values: Any) -> Self:
         """Say of an argument that is none where the keys of YAML are taken.
 
@@ -95,7 +98,9 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         problems += self._batch_problems()
         problems += self._vllm_problems()
         values = self.flat()
-        problems += [need.problem(key, values) for key, need in without_effect(values, DEFAULTS)]
+        for key, need in without_effect(values, DEFAULTS, self.EFFECTIVE):
+            if not need.refused_later:
+                problems.append(need.problem(key, values))
         if problems:
             raise ConfigError("\n".join(problems))
         object.__setattr__(
@@ -220,6 +225,12 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["loss"]
         return values | {name: getattr(self.loss, name) for name in LOSS_KEYS}
+
+
+class EvalConfig(TrainConfig):
+    """What `fastgrpo eval` reads: of training it may lack what only an evaluation has use for."""
+
+    EFFECTIVE = frozenset({"max_eval_samples", "num_generations_eval"})
 
 
 LOSS_KEYS = tuple(

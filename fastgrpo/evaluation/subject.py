@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import TrainConfig, load_config
+from ..config import EvalConfig, TrainConfig, load_config
 from ..data import load_prompts
 from ..json_lines import read_lines
 from ..loading import computes_in_bf16, load_model, load_tokenizer
@@ -52,12 +52,14 @@ def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> 
     """
     path = Path(run).expanduser()
     if not path.is_dir():
-        config = training = load_config(path, overrides)
+        config = training = load_config(path, overrides, EvalConfig)
         checkpoint = checkpoint or "base"
         results = Path("runs", f"eval-{path.stem}")
         folders: dict[str, Path] = {}
     elif (path / "config.yaml").is_file():
-        config, training = (load_config(path / "config.yaml", over) for over in (overrides, ()))
+        config, training = (
+            load_config(path / "config.yaml", over, EvalConfig) for over in (overrides, ())
+        )
         _check_objects(path, overrides)
         checkpoint = checkpoint or "final"
         results = path / "eval"
@@ -142,7 +144,12 @@ def load_subject(subject: Subject) -> Policy:
     else:
         base = _base_of(Path(place).expanduser())
         # A task makes its own model; what it trained is a checkpoint like any other.
-        source = dataclasses.replace(config, task=None, model_name_or_path=base or place)
+        source = dataclasses.replace(
+            config,
+            task=None,
+            warm_start_accuracy=TrainConfig.warm_start_accuracy,
+            model_name_or_path=base or place,
+        )
         model, tokenizer = load_model(source), load_tokenizer(source)
         if base is not None:
             from peft import PeftModel
