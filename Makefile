@@ -30,12 +30,13 @@ integrations: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers -n auto --dist loadfile tests/integrations
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
-# FastGRPOTrainer against each version of TRL that it takes, the pinned one last.
+# FastGRPOTrainer against each version of TRL that it takes. The pinned one comes last, whatever
+# failed before it, so that it is what stays installed.
 trl: $(VENV)/.peers
-	for version in 1.15.0 "$$(sed -n 's/^trl==//p' constraints.txt)"; do \
+	failed=0; for version in 1.15.0 "$$(sed -n 's/^trl==//p' constraints.txt)"; do \
 	  $(BIN)/python -m pip install --quiet --no-deps "trl==$$version" && \
-	  $(BIN)/python -m pytest -m peers -n auto tests/integrations/test_trl_*.py || exit 1; \
-	done
+	  $(BIN)/python -m pytest -m peers -n auto tests/integrations/test_trl_*.py || failed=1; \
+	done; exit $$failed
 
 vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest -m vllm tests/rollout
@@ -64,11 +65,12 @@ $(VENV)/.benchmarks: $(VENV)/.installed
 	touch $@
 
 # verl and OpenRLHF without what they need to train: their losses need the first line alone. The
-# second has a wheel for Python 3.11 only; without it its tests are skipped.
+# second has a wheel for one platform only; elsewhere pip passes over it, and its tests are skipped.
+OPENRLHF := openrlhf; python_version == "3.11" and sys_platform == "linux" and platform_machine == "x86_64"
 $(VENV)/.peers: $(VENV)/.benchmarks
 	$(BIN)/python -m pip install --quiet -c constraints.txt kernels ray tensordict omegaconf codetiming pillow
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt verl
-	-$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt openrlhf
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt '$(OPENRLHF)'
 	touch $@
 
 # What its wheel brings of vision and sound is built for CUDA and breaks the import of transformers.

@@ -62,18 +62,19 @@ def lay_out(directory: str | Path) -> Path:
         The directory, absolute.
 
     Raises:
-        ValueError: the directory holds something or is the current one, or fastgrpo is not
-            installed, whose licence and version the kernel carries.
+        ValueError: the directory holds something, or fastgrpo is not installed, whose licence and
+            version the kernel carries.
     """
     directory = Path(directory).expanduser().resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    exists = directory.exists()
+    if exists and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory: name another")
-    if directory == Path.cwd():
-        raise ValueError(f"{directory} is the current directory: start from another, or name one")
     license_name, license_text, source = _installed()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as beside:
-        layout = Path(beside) / "layout"
+    # On the directory's own file system, from where a move takes no copy.
+    room = directory if exists else directory.parent
+    with TemporaryDirectory(dir=room, prefix=f".{directory.name}.") as found:
+        layout = Path(found) / "layout"
         for backend in BACKENDS:
             variant = layout / "build" / f"torch-{backend}"
             shutil.copytree(PACKAGE, variant, ignore=shutil.ignore_patterns("__pycache__"))
@@ -95,14 +96,17 @@ def lay_out(directory: str | Path) -> Path:
         )
         _write(layout / "README.md", card)
         _write(layout / "LICENSE", license_text)
-        if directory.exists():
-            directory.rmdir()
-        layout.rename(directory)
+        if exists:
+            # It stays what it is: with its rights, a mount point, or the current one.
+            for child in sorted(layout.iterdir()):
+                child.rename(directory / child.name)
+        else:
+            layout.rename(directory)
     return directory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Lay out the kernel and say how to upload it; wrong input exits with 2."""
+    """Lay out the kernel, say how to try and to upload it; wrong input exits with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgrpo.integrations.kernel_hub",
         description="Lay out the loss as a kernel for the Hugging Face Hub.",
@@ -115,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     print(directory)
     print(
+        "Try it, in Python, with\n"
+        f"  import kernels, pathlib; kernels.get_local_kernel(pathlib.Path({str(directory)!r}))\n"
         "Write your name for OWNER in README.md, then upload it with\n"
         f"  hf upload OWNER/{NAME} {directory} . --repo-type kernel --revision v{VERSION}"
     )

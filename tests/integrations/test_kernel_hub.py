@@ -81,9 +81,7 @@ def test_another_source_has_another_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert first == again != name(lay_out(tmp_path / "c"))
 
 
-def test_what_is_there_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "README.md").write_text("mine")
@@ -96,26 +94,44 @@ def test_what_is_there_stays(
     assert f"{kept} exists and is not an empty directory" in capsys.readouterr().err
     assert files(tmp_path) == {"kept/README.md": b"mine"}
 
+
+def test_an_empty_directory_is_filled_and_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have rights of its own, be a mount point, or the current one."""
     empty = tmp_path / "empty"
     empty.mkdir()
+    empty.chmod(0o750)
+    before = empty.stat()
     monkeypatch.chdir(empty)
-    with pytest.raises(ValueError, match="is the current directory"):
-        lay_out(".")
-    monkeypatch.chdir(tmp_path)
-    assert main(["empty"]) == 0
-    assert (empty / "build").is_dir()
-    assert f"hf upload OWNER/fastgrpo-kernels {empty} . --repo-type kernel --revision v1" in (
-        capsys.readouterr().out
-    )
+    assert main(["."]) == 0
+    after = empty.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert {path.name for path in empty.iterdir()} == {"README.md", "LICENSE", "build"}
+    assert list(tmp_path.iterdir()) == [empty]
+    said = capsys.readouterr().out
+    assert f"hf upload OWNER/fastgrpo-kernels {empty} . --repo-type kernel --revision v1" in said
+    assert f"kernels.get_local_kernel(pathlib.Path({str(empty)!r}))\n" in said
+
+
+def test_bytecode_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shutil.copytree(PACKAGE, tmp_path / "fastgrpo_kernels")
+    (source / "__pycache__").mkdir(exist_ok=True)
+    (source / "__pycache__" / "linear.pyc").write_bytes(b"compiled")
+    monkeypatch.setattr(kernel_hub, "PACKAGE", source)
+    assert not list(lay_out(tmp_path / "hub").rglob("__pycache__"))
 
 
 def test_half_a_layout_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = shutil.copytree(PACKAGE, tmp_path / "fastgrpo_kernels")
     (broken / "zzz.py").symlink_to(broken / "nowhere.py")  # copied last, and cannot be
     monkeypatch.setattr(kernel_hub, "PACKAGE", broken)
-    with pytest.raises(OSError, match="No such file"):
-        lay_out(tmp_path / "hubs" / "hub")
-    assert not any((tmp_path / "hubs").iterdir())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for directory in (tmp_path / "hubs" / "hub", empty):
+        with pytest.raises(OSError, match="No such file"):
+            lay_out(directory)
+    assert not any((tmp_path / "hubs").iterdir()) and not any(empty.iterdir())
 
 
 # ---------------------------------------------------------------- with `kernels` itself
@@ -164,6 +180,19 @@ def test_the_loaded_loss_has_the_bits_of_ours(
     ours = results(fastgrpo)
     assert all(x.abs().sum() > 0 for x in ours)
     assert all(torch.equal(x, y) for x, y in zip(ours, loaded, strict=True))
+
+
+@pytest.mark.peers
+def test_the_line_to_try_it_works(
+    kernels: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(tmp_path / "hub")])
+    (line,) = re.findall(r"^  (import .*)$", capsys.readouterr().out, re.MULTILINE)
+    exec(line, {})
+    assert any(
+        Path(str(one.module.__file__)).is_relative_to(tmp_path)
+        for one in kernels.get_loaded_kernels()
+    )
 
 
 def run_at_the_root(code: str, *arguments: str | Path, **environment: str) -> str:
