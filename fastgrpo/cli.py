@@ -211,7 +211,8 @@ def train(config_file: str, overrides: Sequence[str]) -> int:
 
 def _place(run: Path) -> str:
     """Say where a run is that has ended; one without a step has left nothing."""
-    return f"run directory: {run}" if run.exists() else "nothing was written"
+    left = run.is_dir() and any(run.iterdir())
+    return f"run directory: {run}" if left else "nothing was written"
 
 
 def plan(

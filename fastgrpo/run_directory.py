@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,9 @@ from .experience import Experience
 from .json_lines import append_lines, plain, read_lines
 from .report import save_curves
 from .rewards.names import as_object
+
+_GIVEN = ("config.yaml", "objects.json")
+"""Files that say what a run was given."""
 
 
 class RunDirectory:
@@ -38,7 +42,7 @@ class RunDirectory:
         Raises:
             ValueError: the directory holds something: a run is never overwritten.
         """
-        self.path = _create(config.output_dir, name)
+        self.path, self._made = _create(config.output_dir, name)
         self.graded = False
         """The first reward function gave something else than 0 and 1."""
         given = {key: value for key, value in (objects or {}).items() if value is not None}
@@ -104,11 +108,20 @@ class RunDirectory:
     @property
     def is_bare(self) -> bool:
         """Whether nothing has been written but what the run was given."""
-        return {path.name for path in self.path.iterdir()} <= {"config.yaml", "objects.json"}
+        return {path.name for path in self.path.iterdir()} <= {*_GIVEN}
 
     def discard(self) -> None:
-        """Delete the directory of a run that could not begin."""
-        shutil.rmtree(self.path)
+        """Delete what a run that could not begin has written and made.
+
+        A directory that was there stays. Nothing is raised: why it could not begin is to be told.
+        """
+        with suppress(OSError):
+            for name in _GIVEN:
+                (self.path / name).unlink(missing_ok=True)
+            if self._made:
+                shutil.rmtree(self.path)
+            for parent in self._made[1:]:
+                parent.rmdir()
 
     def finish(self, accuracy_key: str, **summary: Any) -> dict[str, Any]:
         """Write curves.png and summary.json; return what the summary holds."""
@@ -143,21 +156,28 @@ def check_free(output_dir: str | None) -> None:
         )
 
 
-def _create(output_dir: str | None, name: str) -> Path:
+def _create(output_dir: str | None, name: str) -> tuple[Path, list[Path]]:
+    """Return the directory, and those that were made for it, the innermost first."""
     if output_dir is not None:
         check_free(output_dir)
         path = Path(output_dir).expanduser()
+        made = _missing(path)
         path.mkdir(parents=True, exist_ok=True)
-        return path
+        return path, made
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in range(1, 1000):
         path = Path("runs", stem if attempt == 1 else f"{stem}-{attempt}")
+        made = _missing(path)
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
-        return path
+        return path, made
     raise ValueError(f"runs/{stem} and 998 variants of it exist: set output_dir")
+
+
+def _missing(path: Path) -> list[Path]:
+    return [each for each in (path, *path.parents) if not each.exists()]
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_models import save_small_model
@@ -247,6 +248,27 @@ def test_an_error_of_the_users_own_code_is_told_with_what_there_is_of_the_run(
     with pytest.raises(KeyError, match="mine"):
         main(["train", str(config_file), "rollout_fn=mine.py:roll"])
     assert "nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["a link", "empty", "new", "in new ones"])
+def test_a_run_without_a_step_leaves_the_directories_that_were_there(
+    tmp_path, monkeypatch, config_file, capsys, kind
+):
+    (tmp_path / "mine.py").write_text("def roll(prompts, engine):\n    raise KeyError('mine')\n")
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    out = Path("out/of/mine" if kind == "in new ones" else "out")
+    if kind == "a link":
+        Path("real").mkdir()
+        out.symlink_to("real")
+    elif kind == "empty":
+        out.mkdir(mode=0o750)
+    there = {path: path.lstat().st_mode for path in place.rglob("*")}
+    with pytest.raises(KeyError, match="mine"):
+        main(["train", str(config_file), "rollout_fn=../mine.py:roll", f"output_dir={out}"])
+    assert "nothing was written" in capsys.readouterr().err
+    assert {path: path.lstat().st_mode for path in place.rglob("*")} == there
 
 
 @pytest.mark.parametrize("before", [0, 1])
