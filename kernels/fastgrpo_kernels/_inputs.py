@@ -108,7 +108,14 @@ def flatten(
         raise TypeError(f"unexpected keyword argument {name!r}{suggestion}")
     check_tensor(completion_ids=completion_ids, advantages=advantages)
     if not isinstance(config, GRPOLossConfig):
-        raise TypeError(f"config must be a GRPOLossConfig, got {type(config).__name__}")
+        own, given = GRPOLossConfig, type(config)
+        if given.__name__ != own.__name__:
+            raise TypeError(f"config must be a {own.__name__}, got {given.__name__}")
+        # Of a kernel of the Hub, for example.
+        raise TypeError(
+            f"config must be the {own.__name__} of {own.__module__}, got that of "
+            f"{given.__module__}, another copy of the package: take loss and config from one"
+        )
     optional = {
         "completion_mask": completion_mask,
         "cu_seqlens": cu_seqlens,

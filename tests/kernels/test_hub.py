@@ -106,3 +106,22 @@ def test_a_copy_of_the_package_alone_works(tmp_path: Path, backend: str, absent:
     assert all(gradient.abs().sum() > 0 for call in actual for gradient in call[-2:])
     tolerance = 1e-5 if backend == "triton" else 1e-6
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_configuration_of_another_copy_is_told_apart(tmp_path: Path) -> None:
+    copy = tmp_path / "hub_copy"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    call = "\nimport fastgrpo_kernels\nx, ids = torch.ones(1, 2, 3), torch.zeros(1, 2).long()\n"
+    call += "config = fastgrpo_kernels.GRPOLossConfig()\n"
+    call += "copy.linear_grpo_loss(x, x[0], ids, torch.ones(1), config=config)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD + call, str(copy), "", "", "nothing"],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "TypeError: config must be the GRPOLossConfig of hub_copy_3f2a.config, got that of "
+        "fastgrpo_kernels.config, another copy of the package: take loss and config from one"
+    )
