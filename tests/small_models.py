@@ -11,7 +11,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -22,6 +24,8 @@ CONFIGS = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "llama": LlamaConfig,
+    "cohere": partial(CohereConfig, logit_scale=0.25),
+    "granite": partial(GraniteConfig, logits_scaling=4.0),
     # One layer in a window shorter than the tests' sequences, one that sees everything; a softcap.
     "gemma3": partial(
         Gemma3TextConfig,

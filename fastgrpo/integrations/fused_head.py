@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 @dataclass
 class FusedOutput(ModelOutput):
-    """What a model returns if called with `fused_lm_head`.
+    """What a model returns if called with a fused head.
 
     A `ModelOutput`, so that DDP and FSDP find the tensors whose backward they wait for.
     """
@@ -43,11 +43,11 @@ FusedHead = Callable[[Tensor, Tensor, Tensor | None], FusedOutput]
 def add_fused_head(
     model: Any, logps_head: Callable[[Tensor], FusedHead], *, in_fp32: bool = False
 ) -> None:
-    """Let `model(..., fused_lm_head=head)` run the body and `head`, without logits.
+    """Let `model(..., fused_head=head)` run the body and `head`, without logits.
 
     Args:
-        model: a causal LM of transformers; called without `fused_lm_head` it does what it did.
-        logps_head: makes the head of calls that say `fused_lm_head=True, labels=...`, as TRL's.
+        model: a causal LM of transformers; called without a head it does what it did.
+        logps_head: makes the head of calls as TRL's own, `fused_lm_head=True, labels=...`.
         in_fp32: give the head fp32 hidden states and no autocast.
     """
     without = model.forward
@@ -56,24 +56,27 @@ def add_fused_head(
     def forward(
         self: Any,
         *args: Any,
-        fused_lm_head: bool | FusedHead = False,
+        fused_head: FusedHead | None = None,
+        fused_lm_head: bool = False,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if fused_lm_head is False:
-            return without(*args, **kwargs, **({} if labels is None else {"labels": labels}))
-        head = fused_lm_head
-        if head is True:
+        if fused_lm_head:
             assert labels is not None
-            head = logps_head(labels)
+            fused_head = logps_head(labels)
+        if fused_head is None:
+            return without(*args, **kwargs, **({} if labels is None else {"labels": labels}))
         body = self.base_model(*args, use_cache=False, **kwargs)
         module = self.get_output_embeddings()  # read here: FSDP and PEFT replace it
-        hidden, autocast = body.last_hidden_state, nullcontext()
+        weight, bias = module.weight, getattr(module, "bias", None)
+        hidden = body.last_hidden_state.to(weight.device)  # of a model on several devices
         if in_fp32:
             hidden = hidden.float()
-            autocast = torch.autocast(hidden.device.type, enabled=False)
-        with autocast:
-            output = head(hidden, module.weight, getattr(module, "bias", None))
+        elif not torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False) if in_fp32 else nullcontext():
+            output = fused_head(hidden, weight, bias)
         if kwargs.get("output_router_logits"):
             output.aux_loss = _balancing_loss(self, body, kwargs.get("attention_mask"))
         return output

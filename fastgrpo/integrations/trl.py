@@ -14,13 +14,12 @@ B sequences, P tokens of a prompt, T of a completion, H hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -34,15 +33,31 @@ _NEEDED = "pip install 'trl>=1.15,<1.17'"
 try:
     _trl: Any = import_module("trl")  # not `import`: this module has its name
 except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
     raise ImportError(f"fastgrpo.integrations.trl needs TRL: {_NEEDED}") from error
-if tuple(int(part) for part in _trl.__version__.split(".")[:2]) not in ((1, 15), (1, 16)):
+_version: str | None = getattr(_trl, "__version__", None)
+if _version is None:
+    raise ImportError(f"{_trl.__file__ or 'a folder trl'} hides the package trl: rename it")
+if Version(_version).release[:2] not in ((1, 15), (1, 16)):
     raise ImportError(
         "FastGRPOTrainer takes the place of private methods of TRL 1.15 and 1.16, and could differ "
-        f"from TRL {_trl.__version__} without a word: {_NEEDED}"
+        f"from TRL {_version} without a word: {_NEEDED}"
     )
 
 # TRL divides these by the tokens of all that was generated at once, the others within a call.
 _TOKEN_MEANS = ("dapo", "cispo", "vespo")
+# Logits that exist at a time, 256 MiB in bf16: a tile of TRL's has 4,096 tokens and 32,768 columns,
+# and by that its users have chosen their batches.
+_TILE = 4096 * 32768
+# What TRL and we call by one name, and what only some loss types read.
+_ALL = (
+    "loss_type", "importance_sampling_level", "beta", "use_bias_correction_kl", "temperature",
+    "entropy_coef", "max_completion_length",
+)  # fmt: skip
+_OF_SAPO = ("sapo_temperature_pos", "sapo_temperature_neg")
+_OF_VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 # What TRL gives a model besides ids and mask, for images.
 _MODEL_INPUTS = (
     "pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask",
@@ -53,27 +68,32 @@ _MODEL_INPUTS = (
 class _FusedLoss:
     """How a `GRPOTrainer` computes its loss, and the log-probs of old policy and reference."""
 
-    fp32_logits = True
-    """Keep the fp32 results of the head's products as logits, as TRL's kernel does. False rounds
-    them to the weight's type, as the model's own forward does: half the bytes of a chunk."""
+    _head_options: dict[str, Any]
 
-    _loss_config: GRPOLossConfig
-
-    def _fuse(self: Any, config: GRPOLossConfig) -> None:
+    def _fuse(self: Any) -> None:
         """Put our head into the policy and the reference."""
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "deepspeed: ZeRO stage 3 takes the LM head's weight away between forward and "
                 "backward: use stage 1 or 2, FSDP, or TRL's own GRPOTrainer"
             )
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any
+        policy, reference = (
+            None if x is None else self.accelerator.unwrap_model(x, keep_torch_compile=False)
+            for x in (self.model, self.ref_model)
+        )
         policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         scale, softcap = self._agree_on_head(policy)
-        self._loss_config = _replaced(config, logit_scale=scale, logit_softcap=softcap)
-        reference = self.ref_model and self.accelerator.unwrap_model(self.ref_model)
+        self._head_options = {
+            "temperature": self.temperature,
+            "logit_scale": scale,
+            "logit_softcap": softcap,
+        }
         for model in (policy, reference):
             if model is not None:
-                add_fused_head(model, self._logps_head, in_fp32=self.args.cast_lm_head_to_fp32)
+                # No method of the trainer, which would live as long as the model.
+                head = functools.partial(_logps_head, **self._head_options)
+                add_fused_head(model, head, in_fp32=self.args.cast_lm_head_to_fp32)
 
     def _agree_on_head(self: Any, model: Any) -> tuple[float, float | None]:
         """Read scale and softcap on the main process: FSDP may load the weights there alone."""
@@ -111,7 +131,7 @@ class _FusedLoss:
             output = model(
                 input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
                 attention_mask=torch.cat([inputs["prompt_mask"], completion_mask], 1),
-                fused_lm_head=self._loss_head(inputs, mask, config, factor * accumulation),
+                fused_head=self._loss_head(inputs, mask, config, factor * accumulation),
                 **model_inputs,
             )
         loss = output.loss * factor
@@ -126,44 +146,17 @@ class _FusedLoss:
     def _config_of_now(self: Any) -> GRPOLossConfig:
         """Return the mathematics, with what callbacks and the entropy controller may change."""
         gated = self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
-        return _replaced(
-            self._loss_config,
+        options = _options(
+            self.args,
+            loss_type=self.loss_type,
+            importance_sampling_level=self.importance_sampling_level,
             beta=self.beta,
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
             entropy_coef=0.0 if gated else self.entropy_coef,
+            max_completion_length=self.max_completion_length,
         )
-
-    def _logps_of(
-        self: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,  # (B, L)
-        mask: Tensor,  # (B, L)
-    ) -> tuple[Tensor, Tensor]:
-        config = self._loss_config
-        return linear_logps(
-            hidden,
-            weight,
-            ids,
-            bias=bias,
-            mask=mask,
-            temperature=config.temperature,
-            logit_scale=config.logit_scale,
-            logit_softcap=config.logit_softcap,
-            fp32_logits=self.fp32_logits,
-        )
-
-    def _logps_head(self, labels: Tensor) -> FusedHead:
-        """Return a head for TRL's own passes: log-probs of labels (B, P + T), -100 left out."""
-        ids = labels[:, 1:]
-
-        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedOutput:
-            logps, entropy = self._logps_of(hidden[:, :-1], weight, bias, ids, ids != -100)
-            return FusedOutput(log_probs=logps, entropy=entropy)
-
-        return head
+        return _warned_of(**options | self._head_options)
 
     def _loss_head(
         self: Any, inputs: dict[str, Any], mask: Tensor, config: GRPOLossConfig, bonus_factor: float
@@ -189,7 +182,7 @@ class _FusedLoss:
             entropy_mask = policy_weight = None
             if self.top_entropy_quantile < 1 or threshold is not None:
                 with torch.no_grad():
-                    logps, entropy = self._logps_of(hidden, weight, bias, ids, mask)
+                    logps, entropy = _logps(hidden, weight, bias, ids, mask, **self._head_options)
                 if self.top_entropy_quantile < 1:
                     quantile = 1 - self.top_entropy_quantile
                     entropy_mask = self.get_high_entropy_mask(entropy, mask, quantile)
@@ -218,7 +211,7 @@ class _FusedLoss:
                 entropy_mask=entropy_mask,
                 num_items_in_batch=num_items,
                 entropy_denominator=denominator,
-                fp32_logits=self.fp32_logits,
+                chunk_rows=_chunk_rows(weight),
                 config=config,
             )
             bonus = config.entropy_coef * (found.entropy * seen).sum() / denominator
@@ -241,10 +234,13 @@ class FastGRPOTrainer(_FusedLoss, _trl.GRPOTrainer):
 
     @functools.wraps(_trl.GRPOTrainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(_trl.GRPOTrainer).bind(*args, **kwargs).arguments
-        config = loss_config(given.get("args") or _trl.GRPOConfig())
+        model_reward_args = dict(zip(("model", "reward_funcs", "args"), args, strict=False))
+        options = {**model_reward_args, **kwargs}.get("args")
+        if options is not None:
+            loss_config(options)
         super().__init__(*args, **kwargs)
-        self._fuse(config)
+        loss_config(self.args)
+        self._fuse()
 
 
 def accelerate_trl(trainer: Any) -> Any:
@@ -254,32 +250,38 @@ def accelerate_trl(trainer: Any) -> Any:
         trainer: before its `train` is called.
 
     Returns:
-        The same object, of another class.
+        The same object, of another class. Refused, it is as it was.
 
     Raises:
         TypeError: it is no `GRPOTrainer`, or of a subclass with a loss of its own.
-        ValueError: as `FastGRPOTrainer`; or it is training already.
+        ValueError: as `FastGRPOTrainer`; or its model is wrapped already, as `train` does.
     """
     cls: Any = type(trainer)
     if not isinstance(trainer, _trl.GRPOTrainer):
         raise TypeError(f"accelerate_trl takes a trl.GRPOTrainer, got {cls.__name__}")
-    for name in ("_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies"):
-        if getattr(cls, name) is not getattr(_trl.GRPOTrainer, name):
+    if isinstance(trainer, _FusedLoss):
+        return trainer
+    for name in ("_compute_loss", "_get_per_token_logps_and_entropies", "get_gamma_weights"):
+        own = name in vars(trainer) or getattr(cls, name) is not getattr(_trl.GRPOTrainer, name)
+        if own:
             raise TypeError(
-                f"{cls.__name__} has a {name} of its own, which would no longer be called: derive "
-                "it from FastGRPOTrainer and say there what the loss should be"
+                f"{cls.__name__} has a {name} of its own, which would no longer make the loss: "
+                "derive it from FastGRPOTrainer and say there what the loss should be"
             )
     if trainer.model_wrapped is not trainer.model:
         raise ValueError(
             "the trainer has wrapped its model already: call accelerate_trl before train"
         )
-    config = loss_config(trainer.args)
-    trainer.__class__ = (
-        FastGRPOTrainer
-        if cls is _trl.GRPOTrainer
-        else type(f"Fast{cls.__name__}", (_FusedLoss, cls), {})
-    )
-    trainer._fuse(config)  # pyright: ignore[reportPrivateUsage]
+    loss_config(trainer.args)
+    fast = FastGRPOTrainer
+    if cls is not _trl.GRPOTrainer:
+        fast = type(f"Fast{cls.__name__}", (_FusedLoss, cls), {})
+    trainer.__class__ = fast
+    try:
+        trainer._fuse()  # pyright: ignore[reportPrivateUsage]
+    except ValueError:
+        trainer.__class__ = cls
+        raise
     return trainer
 
 
@@ -289,38 +291,75 @@ def loss_config(args: Any) -> GRPOLossConfig:
     Raises:
         ValueError: our loss does not have it; names the option.
     """
-    level = args.importance_sampling_level
-    if args.loss_type == "vespo" and level == "sequence":
-        # TRL's vespo reads the level nowhere but here, and so it warns and goes on.
-        if args.beta and args.use_bias_correction_kl:
-            raise ValueError(
-                "importance_sampling_level='sequence' with loss_type='vespo' corrects the KL term "
-                "by the ratio of the sequence: use 'token', or use_bias_correction_kl=False"
-            )
-        level = "token"
-    return GRPOLossConfig(
-        loss_type=args.loss_type,
-        importance_sampling_level=level,
-        epsilon_low=args.epsilon,
-        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-        delta=args.delta,
-        beta=args.beta,
-        use_bias_correction_kl=args.use_bias_correction_kl,
-        temperature=args.temperature,
-        entropy_coef=args.entropy_coef,
-        max_completion_length=args.max_completion_length,
-        sapo_temperature_pos=args.sapo_temperature_pos,
-        sapo_temperature_neg=args.sapo_temperature_neg,
-        vespo_k_pos=args.vespo_k_pos,
-        vespo_lambda_pos=args.vespo_lambda_pos,
-        vespo_k_neg=args.vespo_k_neg,
-        vespo_lambda_neg=args.vespo_lambda_neg,
-    )
+    try:
+        return GRPOLossConfig(**_options(args))
+    except ValueError as error:
+        raise ValueError(str(error).replace("epsilon_low", "epsilon")) from None
+
+
+def _options(args: Any, **now: Any) -> dict[str, Any]:
+    """Return the options of `GRPOLossConfig` that TRL's loss reads; `now` goes before `args`."""
+    found = {
+        **{name: getattr(args, name) for name in (*_ALL, *_OF_SAPO, *_OF_VESPO, "delta")},
+        "epsilon_low": args.epsilon,
+        "epsilon_high": args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        **now,
+    }
+    loss_type = found["loss_type"]
+    names = {*_ALL}
+    if loss_type in _CLIPPED:
+        names |= {"epsilon_low", "epsilon_high", "delta"}
+    elif loss_type == "cispo":
+        names |= {"epsilon_high"}
+    elif loss_type == "sapo":
+        names |= {*_OF_SAPO}
+    elif loss_type == "vespo":
+        names |= {*_OF_VESPO}
+        for name in ("vespo_lambda_pos", "vespo_lambda_neg"):
+            found[name] = max(found[name], 1e-4)  # as TRL
+        if found["importance_sampling_level"] == "sequence":
+            # TRL's vespo reads the level for this alone; otherwise it warns and goes on.
+            if found["beta"] and found["use_bias_correction_kl"]:
+                raise ValueError(
+                    "importance_sampling_level='sequence' with loss_type='vespo' corrects the KL "
+                    "term by the ratio of the sequence: use 'token', or "
+                    "use_bias_correction_kl=False"
+                )
+            found["importance_sampling_level"] = "token"
+    return {name: found[name] for name in names}
+
+
+def _logps_head(labels: Tensor, **options: Any) -> FusedHead:
+    """Return a head for TRL's own passes: log-probs of labels (B, P + T), -100 left out."""
+    ids = labels[:, 1:]
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedOutput:
+        ids_here = ids.to(hidden.device)
+        logps, entropy = _logps(hidden[:, :-1], weight, bias, ids_here, ids_here != -100, **options)
+        return FusedOutput(log_probs=logps, entropy=entropy)
+
+    return head
+
+
+def _logps(
+    hidden: Tensor,  # (B, L, H)
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,  # (B, L)
+    mask: Tensor,  # (B, L)
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    rows = _chunk_rows(weight)
+    return linear_logps(hidden, weight, ids, bias=bias, mask=mask, chunk_rows=rows, **options)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(1, _TILE // weight.shape[0])
 
 
 @functools.lru_cache(maxsize=4)
-def _replaced(config: GRPOLossConfig, **changes: float | None) -> GRPOLossConfig:
-    """Change what was warned of when it was made, if there was reason to."""
+def _warned_of(**options: Any) -> GRPOLossConfig:
+    """Return options whose oddities were told when the trainer was made."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return replace(config, **changes)  # pyright: ignore[reportArgumentType]
+        return GRPOLossConfig(**options)

@@ -100,10 +100,17 @@ def _slice_rows(width: int, dtype: torch.dtype) -> int:
     return max(1, 16 * MIB // (max(width, 1) * dtype.itemsize))
 
 
-def scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return gradient * scale, multiplied in fp32 and rounded once to `dtype`, slice by slice."""
+def scaled(
+    gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype, *, in_place: bool = False
+) -> Tensor | None:
+    """Return gradient * scale, multiplied in fp32 and rounded once to `dtype`, slice by slice.
+
+    With `in_place` in the gradient's own memory, if that has the type.
+    """
     if gradient is None or (scale is None and gradient.dtype == dtype):
         return gradient
+    if in_place and scale is not None and gradient.dtype == dtype == scale.dtype:
+        return gradient.mul_(scale)
     result = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
     wide = torch.promote_types(gradient.dtype, torch.float32)
     flat, out = gradient.view(-1), result.view(-1)

@@ -168,5 +168,10 @@ class KnownGradients(torch.autograd.Function):
     def backward(ctx, upstream):
         power, *gradients = ctx.saved_tensors
         scale = upstream * power
-        found = [scaled(x, scale, dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        # Of a graph that is kept, backward may come again; else nobody will read these again.
+        once = not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+        found = [
+            scaled(x, scale, dtype, in_place=once)
+            for x, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return None, *found, None, None

@@ -41,7 +41,7 @@ def fused(model: Any, **options: Any) -> Any:
 
 def test_the_loss_and_its_gradients_are_those_of_the_logits() -> None:
     model, plain = fused(small_model()), small_model()
-    output = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), fused_lm_head=loss_head)
+    output = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), fused_head=loss_head)
     output.loss.backward()
     logps = plain(input_ids=IDS).logits[:, -T - 1 : -1].log_softmax(-1)
     logps = logps.gather(-1, IDS[:, -T:, None])[..., 0]
@@ -86,7 +86,7 @@ def test_an_fp32_head_gets_fp32_hidden_states_out_of_autocast() -> None:
         return loss_head(hidden, weight, bias)
 
     with torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=IDS, fused_lm_head=head)
+        model(input_ids=IDS, fused_head=head)
     assert seen == [(torch.float32, False)]
 
 
@@ -107,7 +107,7 @@ def test_the_loss_of_the_router_is_the_models_own() -> None:
         "input_ids": IDS, "attention_mask": mask, "output_router_logits": True,
     }  # fmt: skip
     wanted = model(**call).aux_loss
-    output = fused(model)(**call, fused_lm_head=loss_head)
+    output = fused(model)(**call, fused_head=loss_head)
     assert wanted > 1
     torch.testing.assert_close(output.aux_loss, wanted)
     output.aux_loss.backward()

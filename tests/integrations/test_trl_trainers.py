@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def test_it_takes_the_arguments_of_grpo_trainer() -> None:
             {"epsilon": 0.2, "delta": 1.1},
             r"delta must be .* above 1 \+ epsilon_high = 1.2, got 1.1",
         ),
-        ({"epsilon": 1.5}, "epsilon_low must be at most 1"),
+        ({"epsilon": 1.5}, "epsilon must be at most 1"),
         ({"sapo_temperature_pos": 0.0, "loss_type": "sapo"}, "sapo_temperature_pos must be"),
         (
             {"loss_type": "vespo", "importance_sampling_level": "sequence", "beta": 0.1},
@@ -61,6 +63,22 @@ def test_what_our_loss_lacks_is_refused_before_a_model_is_loaded(
             lambda completions, **_: [0.0] * len(completions),
             args=trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options),
         )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "cispo", "epsilon": 5.0},
+        {"loss_type": "sapo", "epsilon": 2.0},
+        {"loss_type": "vespo", "epsilon": 1.5, "vespo_lambda_pos": 0.0},
+        {"vespo_lambda_pos": 0.0, "sapo_temperature_neg": -1.0},
+        {"loss_type": "vespo", "delta": 0.1},
+    ],
+)
+def test_what_the_loss_does_not_read_may_be_anything(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    assert_same(Pair.make(tmp_path, **options), dict(micro_batch()))
 
 
 def test_zero_stage_3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +209,7 @@ def test_images(tmp_path: Path) -> None:
     pair = Pair.make(tmp_path)
     pair.theirs.model, pair.ours.model = copy.deepcopy(model), copy.deepcopy(model)
     add_fused_lm_head(pair.theirs.model, temperature=0.8, outputs=("log_probs", "entropy"))
-    add_fused_head(pair.ours.model, pair.ours._logps_head)
+    add_fused_head(pair.ours.model, lambda labels: pytest.fail("not asked for"))
 
     inputs: dict[str, Any] = dict(micro_batch())
     image = torch.tensor([101, 100, 100, 100, 100, 102])  # 4 x 4 patches, merged two by two
@@ -236,14 +254,77 @@ def test_a_subclass_keeps_what_it_adds(tmp_path: Path) -> None:
     )
 
 
-def test_a_subclass_with_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:
-    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+def test_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:
+    from trl.experimental.gmpo import GMPOTrainer
 
-    del GMPOConfig
+    class Weighs(trl.GRPOTrainer):
+        @staticmethod
+        def get_gamma_weights(advantages: Any, **_: Any) -> Any:
+            return advantages
+
     made = make_trainer(trl.GRPOTrainer, saved_model(tmp_path), tmp_path)
-    made.__class__ = GMPOTrainer
-    with pytest.raises(TypeError, match="GMPOTrainer has a _compute_loss of its own"):
+    for cls, name in ((GMPOTrainer, "_compute_loss"), (Weighs, "get_gamma_weights")):
+        made.__class__ = cls
+        with pytest.raises(TypeError, match=f"{cls.__name__} has a {name} of its own"):
+            accelerate_trl(made)
+        assert type(made) is cls
+    made.__class__ = trl.GRPOTrainer
+    made._compute_loss = lambda model, inputs: None
+    with pytest.raises(TypeError, match="GRPOTrainer has a _compute_loss of its own"):
         accelerate_trl(made)
-    assert type(made) is GMPOTrainer
     with pytest.raises(TypeError, match=r"takes a trl.GRPOTrainer, got Linear"):
         accelerate_trl(nn.Linear(1, 1))
+
+
+def test_one_that_is_fast_already_stays_as_it_is(tmp_path: Path) -> None:
+    made = make_trainer(FastGRPOTrainer, saved_model(tmp_path), tmp_path)
+    forward = made.model.forward
+    assert accelerate_trl(made) is made and made.model.forward == forward
+
+
+def test_a_trainer_that_is_refused_is_what_it_was(tmp_path: Path) -> None:
+    model = saved_model(tmp_path)
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: logits.sin())
+    made = make_trainer(trl.GRPOTrainer, model, tmp_path)
+    wanted = result_of(made, micro_batch())
+    with pytest.raises(ValueError, match="cannot express the LM head"):
+        accelerate_trl(made)
+    assert type(made) is trl.GRPOTrainer
+    assert torch.equal(result_of(made, micro_batch()).loss, wanted.loss)
+    made.model_wrapped = nn.parallel.DataParallel(made.model)
+    with pytest.raises(ValueError, match="call accelerate_trl before train"):
+        accelerate_trl(made)
+
+
+def test_a_model_does_not_keep_its_trainer(tmp_path: Path) -> None:
+    made = make_trainer(FastGRPOTrainer, saved_model(tmp_path), tmp_path, beta=0.1)
+    inputs = {**micro_batch(), "ref_per_token_logps": torch.full((6, 7), -3.0)}
+    result_of(made, inputs)
+    model, trainer = made.model, weakref.ref(made)
+    made.accelerator.free_memory()
+    del made
+    gc.collect()
+    assert trainer() is None
+    assert model(input_ids=inputs["prompt_ids"]).logits.shape == (6, 5, 99)
+
+
+def test_all_that_a_model_may_take_reaches_it(tmp_path: Path) -> None:
+    pair, seen = Pair.make(tmp_path), []
+    names = [
+        *("pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask"),
+        *("spatial_shapes", "image_sizes", "token_type_ids", "mm_token_type_ids"),
+    ]
+    own = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    assert {*names} == {*own} - {
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+        *("compute_entropy", "compute_aux_loss", "num_images", "num_tiles"),
+    }
+
+    def model(**inputs: Any) -> Any:
+        seen.append(inputs)
+        passed = {n: inputs[n] for n in ("input_ids", "attention_mask", "fused_head")}
+        return pair.ours.model(**passed)
+
+    inputs = {**micro_batch(), **{name: torch.full((6,), i) for i, name in enumerate(names)}}
+    pair.ours._compute_loss(model, inputs)
+    assert [int(seen[0][name][0]) for name in names] == list(range(len(names)))

@@ -34,10 +34,16 @@ def sevens(completions: list[str], **_: Any) -> list[float]:
 
 def ddp(directory: Path) -> None:
     """Train both, in earnest; the metrics and the weights are the same."""
+    train_both(directory, **OPTIONS)
+    gspo = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 1e-3}
+    train_both(directory, **OPTIONS | gspo)
+
+
+def train_both(directory: Path, **options: Any) -> None:
     runs = []
     for trainer_class in (trl.GRPOTrainer, FastGRPOTrainer):
         model = saved_model(directory)
-        trainer = make_trainer(trainer_class, model, directory, reward=sevens, **OPTIONS)
+        trainer = make_trainer(trainer_class, model, directory, reward=sevens, **options)
         trainer.train()
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
         assert trainer.accelerator.num_processes == 2
