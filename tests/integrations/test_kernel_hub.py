@@ -103,12 +103,14 @@ def test_an_empty_directory_is_filled_and_stays_what_it_is(
     empty.mkdir()
     empty.chmod(0o750)
     before = empty.stat()
+    os.utime(tmp_path, (0, 0))
     monkeypatch.chdir(empty)
     assert main(["."]) == 0
     after = empty.stat()
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
     assert {path.name for path in empty.iterdir()} == {"README.md", "LICENSE", "build"}
-    assert list(tmp_path.iterdir()) == [empty]
+    # Nothing was made or moved beside it, which may be another file system or forbidden.
+    assert tmp_path.stat().st_mtime == 0
     said = capsys.readouterr().out
     assert f"hf upload OWNER/fastgrpo-kernels {empty} . --repo-type kernel --revision v1" in said
     assert f"kernels.get_local_kernel(pathlib.Path({str(empty)!r}))\n" in said

@@ -5,6 +5,7 @@ B sequences, T positions.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -279,6 +280,17 @@ def test_verls_cap_of_negative_advantages_is_our_delta():
     expected, means = transcription("fastgrpo", "token-sum", batch, Actor(clip_ratio_c=math.e))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert metrics == pytest.approx(means, rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_log_probs_of_16_bits_cost_their_own_rounding_only(name, mode):
+    batch = make_batch()
+    half = dataclasses.replace(
+        batch, old=batch.old.bfloat16(), logps=batch.logps.bfloat16()
+    ).with_graph()
+    full = dataclasses.replace(half, old=half.old.float(), logps=half.logps.float()).with_graph()
+    losses = [call(name, mode, each, Actor())[0] for each in (half, full)]
+    assert losses[0].dtype == torch.float32 and losses[0].item() == losses[1].item()
 
 
 def test_a_folder_of_that_name_is_not_verl(tmp_path, monkeypatch):
