@@ -98,7 +98,7 @@ class PolicyLoss:
         options = self._options(config)
         mask_BT = response_mask != 0
         length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1)
-        # In 16 bits verl's loss, and a difference of log-probs, would be rounded.
+        # In 16 bits lengths, and differences of log-probs, would be rounded.
         log_prob = log_prob.to(torch.promote_types(log_prob.dtype, torch.float32))
         log_ratio_BT = torch.where(mask_BT, log_prob - old_log_prob, 0)
         kl_BT = -log_ratio_BT.detach()
