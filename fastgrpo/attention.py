@@ -294,7 +294,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def evaluating(model: PreTrainedModel, attentions: Sequence[str]) -> Generator[None]:
-    """Switch to eval mode and to one of some attentions, the first unless it has one; then back."""
+    """Switch to eval mode and to one of some attentions, the first unless it has one; then back.
+
+    Raises:
+        ValueError: as `keep_differentiable`.
+    """
+    keep_differentiable(model)
     training = [module for module in model.modules() if module.training]
     attention: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
     model.eval()
@@ -307,3 +312,24 @@ def evaluating(model: PreTrainedModel, attentions: Sequence[str]) -> Generator[N
             model.set_attn_implementation(attention)
         for module in training:
             module.training = True
+
+
+def keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes (0.50) from packing 4-bit weights on a CPU with AVX512-BF16, for good.
+
+    It does so in a forward pass in eval mode, for a product that is faster and has no gradient, and
+    adapters are then trained with none. Unpacked they would not be quite what they were.
+
+    Raises:
+        ValueError: they are packed already.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"{type(model).__name__} was evaluated on this CPU, for which bitsandbytes "
+                    "packed its 4-bit weights in a way that has no gradient: load it again"
+                )

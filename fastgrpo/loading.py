@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .attention import keep_differentiable
 from .config import TrainConfig
 
 # As it is imported bitsandbytes misses a kernel for CPUs that is not needed.
@@ -100,9 +101,7 @@ def _mend_on_cpu(model: PreTrainedModel) -> None:
                 f"load_in_4bit: {name} has {state.shape[-1]} inputs, and on a CPU bitsandbytes is "
                 f"right for multiples of {state.blocksize} only; run on a GPU, or leave it out"
             )
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # The first evaluation would repack the weights for a product that has no gradient.
-            module.support_avx512bf16_for_cpu = False
+    keep_differentiable(model)
 
 
 def load_from(auto_class: Any, name: str, **options: Any) -> Any:

@@ -6,16 +6,18 @@ import sys
 
 import pytest
 import torch
-from four_bits import load_in_4bit
+from bitsandbytes.functional import has_avx512bf16
+from four_bits import load_in_4bit, save_wide_model, wide_model
 from small_models import small_model, small_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastgrpo import linear_grpo_loss, reference
 from fastgrpo.adapters import add_adapters, base_trained
 from fastgrpo.checkpoint import name_base, save_checkpoint
 from fastgrpo.config import TrainConfig, config_from
+from fastgrpo.head import read_head
 from fastgrpo.trainer import Trainer
 
 IDS = torch.arange(40).view(2, 20) % 97 + 2
@@ -184,6 +186,53 @@ def test_adapters_on_4_bits_have_the_same_gradients_before_and_after_an_evaluati
             model.eval()(input_ids=ids)
     assert len(gradients[0]) == 2 * 2 * 7
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def four_bits_of_transformers(path):
+    """Return a 4-bit model as a user loads it and hands it over, in fp32."""
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(
+        save_wide_model(path), dtype=torch.float32, quantization_config=bits
+    )
+
+
+def test_adapters_on_4_bits_given_as_an_object_have_the_gradients_of_the_dequantised_model(
+    tmp_path,
+):
+    """Also after the head was read, and after an evaluation: both are passes in eval mode."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    base, plain = four_bits_of_transformers(tmp_path), wide_model()
+    for name, module in base.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            plain.get_submodule(name).weight.data = dequantize_4bit(module.weight, state).cpu()
+    model, expected = adapted_model(base), {}
+    for each in (adapted_model(plain), model, model, model):
+        ids = IDS.to(each.device)
+        each.train()
+        each(input_ids=ids).logits.float().square().mean().backward()
+        for name, p in each.named_parameters():
+            if p.requires_grad:
+                found = p.grad.cpu()
+                assert found.norm() > 1e-4
+                # Products in fp32 of the same weights, added up in another order.
+                error = (found - expected.setdefault(name, found)).norm() / found.norm()
+                assert error < 1e-4, name
+        each.zero_grad()
+        read_head(each)
+        with torch.no_grad():
+            each.eval()(input_ids=ids)
+    assert len(expected) == 2 * 2 * 7
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="a bug on some CPUs")
+def test_4_bits_that_an_evaluation_has_packed_are_refused(tmp_path):
+    model = four_bits_of_transformers(tmp_path).to("cpu").eval()
+    with torch.no_grad():
+        model(input_ids=IDS)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM was evaluated .* load it again"):
+        read_head(model)
 
 
 def test_targets_that_are_not_there_are_named_with_those_that_are():
