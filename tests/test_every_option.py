@@ -220,6 +220,21 @@ def test_what_was_given_as_objects_is_on_record(tmp_path, word_problems):
     assert Trainer(one, reward_funcs=letters).judges.names == ["letters"]
 
 
+def test_a_punishment_of_length_may_be_named_to_the_trainer_alone(tmp_path, word_problems):
+    model, name = save_small_model(tmp_path / "model"), "soft_overlong_punishment"
+    options = {"soft_punish_cache": 4, "reward_funcs": ["accuracy"], "reward_timeout": None}
+    config = run_config(tmp_path, word_problems, model, max_steps=1, **options)
+    with pytest.raises(ValueError, match="soft_punish_cache: nothing reads it"):
+        Trainer(config)
+    trainer = Trainer(config, reward_funcs=[name])
+    trainer.train()
+    for line in lines(trainer.run.path / "completions.jsonl"):
+        assert line["rewards"] == {name: -max(0, line["num_tokens"] - 8) / 4}
+    recorded = trainer.run.path / "config.yaml"
+    for names, cache in (([name], 4), (["accuracy"], None)):
+        assert load_config(recorded, [f"reward_funcs={names}"]).soft_punish_cache == cache
+
+
 def test_nothing_is_left_of_a_trainer_that_cannot_be_made(launch, tmp_path, monkeypatch):
     from fastgrpo import journal
 
