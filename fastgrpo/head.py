@@ -87,7 +87,7 @@ def read_head(model: PreTrainedModel) -> Head:
     if any(hasattr(part, "base_layer") for part in module.modules()):
         raise ValueError(
             f"the LM head of {name} has an adapter, which the fused loss would not see: leave it "
-            "out of lora_target_modules"
+            "out of lora_target_modules, and of what ties it to the embedding"
         )
     if not module.weight.is_floating_point():
         raise ValueError(

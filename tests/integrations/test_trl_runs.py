@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from small_models import small_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl_pairs import Pair, assert_same, make_trainer, saved_model, trl
 
@@ -76,6 +78,24 @@ def test_runs_from_the_same_seed_are_the_same(tmp_path: Path, options: dict[str,
                 assert found[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-5), name
     rewards = [line["reward"] for line in ours.state.log_history if "reward" in line]
     assert rewards[-1] > rewards[0]
+
+
+@pytest.mark.slow
+def test_the_lines_in_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = Path("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (lines,) = [block for block in blocks if "FastGRPOTrainer(" in block]
+    without_gpu = 'GRPOConfig("runs/trl", use_cpu=True, bf16=False, report_to=[], '
+    lines = lines.replace('GRPOConfig("runs/trl", ', without_gpu)
+    monkeypatch.chdir(tmp_path)
+    model = saved_model(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    dataset = datasets.Dataset.from_dict({"prompt": ["1+1", "2+3"]})
+    names = {"model": model, "reward_funcs": sevens, "dataset": dataset}
+    with torch.random.fork_rng():
+        exec(lines, names)
+    rewards = [line["reward"] for line in names["trainer"].state.log_history if "reward" in line]
+    assert type(names["trainer"]) is FastGRPOTrainer and len(rewards) > 0
 
 
 @pytest.mark.slow
