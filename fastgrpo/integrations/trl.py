@@ -14,7 +14,6 @@ B sequences, P tokens of a prompt, T of a completion, H hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
-import warnings
 from importlib import import_module
 from typing import Any
 
@@ -28,6 +27,7 @@ from fastgrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_logps
 from ..head import read_head
 from .fused_head import FusedHead, FusedOutput, add_fused_head
 from .trl_metrics import control_entropy, log_loss
+from .trl_options import loss_config, options_of, warned_of
 
 _NEEDED = "pip install 'trl>=1.15,<1.17'"
 try:
@@ -50,14 +50,6 @@ _TOKEN_MEANS = ("dapo", "cispo", "vespo")
 # Logits that exist at a time, 256 MiB in bf16: a tile of TRL's has 4,096 tokens and 32,768 columns,
 # and by that its users have chosen their batches.
 _TILE = 4096 * 32768
-# What TRL and we call by one name, and what only some loss types read.
-_ALL = (
-    "loss_type", "importance_sampling_level", "beta", "use_bias_correction_kl", "temperature",
-    "entropy_coef", "max_completion_length",
-)  # fmt: skip
-_OF_SAPO = ("sapo_temperature_pos", "sapo_temperature_neg")
-_OF_VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 # What TRL gives a model besides ids and mask, for images.
 _MODEL_INPUTS = (
     "pixel_values", "image_grid_thw", "image_position_ids", "pixel_attention_mask",
@@ -82,7 +74,7 @@ class _FusedLoss:
             None if x is None else self.accelerator.unwrap_model(x, keep_torch_compile=False)
             for x in (self.model, self.ref_model)
         )
-        policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+        policy = getattr(policy, "get_base_model", lambda: policy)()
         scale, softcap = self._agree_on_head(policy)
         self._head_options = {
             "temperature": self.temperature,
@@ -146,7 +138,7 @@ class _FusedLoss:
     def _config_of_now(self: Any) -> GRPOLossConfig:
         """Return the mathematics, with what callbacks and the entropy controller may change."""
         gated = self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
-        options = _options(
+        options = options_of(
             self.args,
             loss_type=self.loss_type,
             importance_sampling_level=self.importance_sampling_level,
@@ -156,7 +148,7 @@ class _FusedLoss:
             entropy_coef=0.0 if gated else self.entropy_coef,
             max_completion_length=self.max_completion_length,
         )
-        return _warned_of(**options | self._head_options)
+        return warned_of(**options | self._head_options)
 
     def _loss_head(
         self: Any, inputs: dict[str, Any], mask: Tensor, config: GRPOLossConfig, bonus_factor: float
@@ -236,10 +228,9 @@ class FastGRPOTrainer(_FusedLoss, _trl.GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model_reward_args = dict(zip(("model", "reward_funcs", "args"), args, strict=False))
         options = {**model_reward_args, **kwargs}.get("args")
-        if options is not None:
+        if options is not None:  # TRL's defaults are fine
             loss_config(options)
         super().__init__(*args, **kwargs)
-        loss_config(self.args)
         self._fuse()
 
 
@@ -285,50 +276,6 @@ def accelerate_trl(trainer: Any) -> Any:
     return trainer
 
 
-def loss_config(args: Any) -> GRPOLossConfig:
-    """Return the mathematics that a `trl.GRPOConfig` asks for.
-
-    Raises:
-        ValueError: our loss does not have it; names the option.
-    """
-    try:
-        return GRPOLossConfig(**_options(args))
-    except ValueError as error:
-        raise ValueError(str(error).replace("epsilon_low", "epsilon")) from None
-
-
-def _options(args: Any, **now: Any) -> dict[str, Any]:
-    """Return the options of `GRPOLossConfig` that TRL's loss reads; `now` goes before `args`."""
-    found = {
-        **{name: getattr(args, name) for name in (*_ALL, *_OF_SAPO, *_OF_VESPO, "delta")},
-        "epsilon_low": args.epsilon,
-        "epsilon_high": args.epsilon if args.epsilon_high is None else args.epsilon_high,
-        **now,
-    }
-    loss_type = found["loss_type"]
-    names = {*_ALL}
-    if loss_type in _CLIPPED:
-        names |= {"epsilon_low", "epsilon_high", "delta"}
-    elif loss_type == "cispo":
-        names |= {"epsilon_high"}
-    elif loss_type == "sapo":
-        names |= {*_OF_SAPO}
-    elif loss_type == "vespo":
-        names |= {*_OF_VESPO}
-        for name in ("vespo_lambda_pos", "vespo_lambda_neg"):
-            found[name] = max(found[name], 1e-4)  # as TRL
-        if found["importance_sampling_level"] == "sequence":
-            # TRL's vespo reads the level for this alone; otherwise it warns and goes on.
-            if found["beta"] and found["use_bias_correction_kl"]:
-                raise ValueError(
-                    "importance_sampling_level='sequence' with loss_type='vespo' corrects the KL "
-                    "term by the ratio of the sequence: use 'token', or "
-                    "use_bias_correction_kl=False"
-                )
-            found["importance_sampling_level"] = "token"
-    return {name: found[name] for name in names}
-
-
 def _logps_head(labels: Tensor, **options: Any) -> FusedHead:
     """Return a head for TRL's own passes: log-probs of labels (B, P + T), -100 left out."""
     ids = labels[:, 1:]
@@ -355,11 +302,3 @@ def _logps(
 
 def _chunk_rows(weight: Tensor) -> int:
     return max(1, _TILE // weight.shape[0])
-
-
-@functools.lru_cache(maxsize=4)
-def _warned_of(**options: Any) -> GRPOLossConfig:
-    """Return options whose oddities were told when the trainer was made."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return GRPOLossConfig(**options)

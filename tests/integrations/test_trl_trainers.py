@@ -98,7 +98,7 @@ def test_a_head_that_cannot_be_expressed_is_refused(tmp_path: Path) -> None:
 
 
 def test_cispo_with_a_cap_below_one_is_warned_of(tmp_path: Path) -> None:
-    from fastgrpo.integrations.trl import loss_config
+    from fastgrpo.integrations.trl_options import loss_config
 
     with pytest.warns(UserWarning, match="caps ratios at epsilon_high itself, and 0.2"):
         loss_config(trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, loss_type="cispo"))

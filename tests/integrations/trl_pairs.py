@@ -183,7 +183,6 @@ def assert_same(
     inputs: dict[str, Any],
     *,
     tolerance: float = 2e-5,
-    check: Callable[[Result], None] | None = None,
 ) -> Result:
     """Compare loss, gradients of every parameter and metrics; return TRL's.
 
@@ -202,6 +201,4 @@ def assert_same(
     for name, values in theirs.metrics.items():
         close = pytest.approx(values, rel=tolerance, abs=tolerance, nan_ok=True)
         assert ours.metrics[name] == close, name
-    if check is not None:
-        check(theirs)
     return theirs
