@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from absent_modules import HIDE
 
 ROOT = Path(__file__).parents[1]
 INTEGRATIONS = {path.stem for path in (ROOT / "fastgrpo/integrations").glob("[!_]*.py")}
@@ -16,23 +17,18 @@ OTHERS = {
     "transformers", "trl", "verl", "vllm",
 }  # fmt: skip
 
-# As if these were not installed, for `import` and for who asks first.
-ABSENT = """
+ABSENT = (
+    """
 import importlib.util, sys
 absent = set(sys.argv[1].split(","))
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: (
-    None if name.split(".")[0] in absent else find_spec(name, package)
-)
+"""
+    + HIDE
+    + """
 for module in sys.argv[2:]:
     importlib.import_module("fastgrpo.integrations." + module)
 print(*absent & {name.split(".")[0] for name in sys.modules})
 """
+)
 
 
 def run(code: str, *arguments: str) -> str:

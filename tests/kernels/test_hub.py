@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from absent_modules import HIDE
 
 import fastgrpo_kernels
 
@@ -24,19 +25,14 @@ CALLS: list[dict[str, Any]] = [
 
 # What the kernel Hub's loader does: a module from a path, under a name of its own making. Nothing
 # else of this project can be imported.
-LOAD = """
+LOAD = (
+    """
 import importlib.util, sys
 import torch
 absent = set(sys.argv[4].split(","))
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: (
-    None if name.split(".")[0] in absent else find_spec(name, package)
-)
+"""
+    + HIDE
+    + """
 name = "hub_copy_3f2a"
 spec = importlib.util.spec_from_file_location(name, sys.argv[1] + "/__init__.py")
 copy = importlib.util.module_from_spec(spec)
@@ -44,6 +40,7 @@ sys.modules[name] = copy
 spec.loader.exec_module(copy)
 torch.set_num_threads(1)
 """
+)
 RUN = """
 def results(package, inputs, calls, backend):
     found = []
