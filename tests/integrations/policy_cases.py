@@ -13,6 +13,15 @@ from torch import Tensor
 
 LENGTHS = (6, 2, 0, 5, 1)
 
+# The values of verl's loss_agg_mode.
+MODES = [
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+]
+
 
 @dataclass(frozen=True)
 class Batch:

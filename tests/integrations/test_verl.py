@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy_cases import make_batch, make_far_batch
+from policy_cases import MODES, make_batch, make_far_batch
 from small_models import save_small_model, small_model
 from torch import nn
 
@@ -35,13 +35,6 @@ def without_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monkey_patch, "is_trl_available", lambda: False)
 
 
-MODES = [
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-]
 CASES = [
     *(("fastgrpo", "vanilla", mode) for mode in MODES),
     *(("fastgrpo_gspo", "gspo", mode) for mode in MODES),

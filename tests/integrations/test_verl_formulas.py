@@ -15,18 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from policy_cases import Batch, make_batch, make_far_batch
+from policy_cases import MODES, Batch, make_batch, make_far_batch
 from torch import Tensor
 
 from fastgrpo.integrations.verl import LOSSES
 
-MODES = [
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-]
 CASES = [
     *((name, mode) for name in ("fastgrpo", "fastgrpo_gspo", "fastgrpo_cispo") for mode in MODES),
     ("fastgrpo_sapo", "seq-mean-token-mean"),
