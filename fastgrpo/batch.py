@@ -121,17 +121,19 @@ def make_batch(
     logps: Sequence[Tensor],  # B, each (length of the completion,)
     advantages: Tensor | Sequence[Tensor],  # (B,), or B, each (length of the completion,)
     counted: Sequence[Sequence[bool] | None] | None = None,  # B, each (length of the completion,)
+    *,
+    device: torch.device | str,
 ) -> Batch:
     """Put each completion behind its prompt, and the sequences behind each other.
 
     Args:
         prompt_ids: B prompts.
         completion_ids: their completions.
-        logps: log-probs of the completions' tokens, as the sampler saw them.
+        logps: log-probs of the completions' tokens, as the sampler saw them; on any device.
         advantages: of each completion, or of each of their tokens.
         counted: which tokens of a completion count, tool output for example does not; None: all.
+        device: of the batch: the model's.
     """
-    device = logps[0].device
     both = list(zip(prompt_ids, completion_ids, strict=True))
     lengths = [len(prompt) + len(completion) for prompt, completion in both]
     completion_lengths = torch.tensor([len(completion) for completion in completion_ids])
@@ -159,7 +161,9 @@ def make_batch(
         input_ids=torch.tensor(ids, device=device),
         mask=mask_N,
         advantages=torch.where(mask_N, advantages_N, 0),
-        sampling_logps=logps_N.index_copy(0, there, torch.cat(list(logps)).float()),
+        sampling_logps=logps_N.index_copy(
+            0, there, torch.cat([one.to(device, torch.float32) for one in logps])
+        ),
         lengths=lengths,
     )
 

@@ -1,18 +1,15 @@
-"""Prompts: where they come from, how they become token ids, in what order they are visited.
+"""Prompts: where they come from, how they become token ids.
 
 A dataset row is one prompt, with any other columns for the reward functions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-import torch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -279,60 +276,3 @@ def narrowest(limits: Mapping[str, int]) -> tuple[str, int]:
     """Return what has room for the fewest tokens, and how many these are."""
     limit = min(limits, key=lambda name: limits[name])
     return limit, limits[limit]
-
-
-class PromptSampler:
-    """An endless order over row indices: every epoch visits every row once.
-
-    The order depends on (num_rows, seed, epoch) alone, so that (epoch, index) is all the state.
-
-    Args:
-        num_rows: rows of the dataset.
-        seed: of the permutations.
-        shuffle: a fresh permutation every epoch; otherwise the order of the dataset.
-    """
-
-    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
-        if num_rows < 1:
-            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
-        self._num_rows, self._seed, self._shuffle = num_rows, seed, shuffle
-        self._start(0, 0)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the dataset so far, 1.5 in the middle of the second."""
-        return self._epoch + self._index / self._num_rows
-
-    def take(self, n: int) -> list[int]:
-        """Return the next `n` row indices; those of two epochs may meet in one call."""
-        taken: list[int] = []
-        while len(taken) < n:
-            if self._index == self._num_rows:
-                self._start(self._epoch + 1, 0)
-            stop = min(self._index + n - len(taken), self._num_rows)
-            taken += self._order[self._index : stop]
-            self._index = stop
-        return taken
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position, plain integers."""
-        return {"epoch": self._epoch, "index": self._index}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a position that `state_dict` returned."""
-        if not 0 <= state["index"] <= self._num_rows:
-            raise ValueError(
-                f"the saved position is row {state['index']} but there are {self._num_rows} rows; "
-                "resume with the dataset of the saved run"
-            )
-        self._start(state["epoch"], state["index"])
-
-    def _start(self, epoch: int, index: int) -> None:
-        self._epoch, self._index = epoch, index
-        self._order: list[int] = list(range(self._num_rows))
-        if self._shuffle:
-            # A hash, since seed + epoch would give seed 1 the second epoch of seed 0.
-            digest = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-            permutation: Any = torch.randperm(self._num_rows, generator=generator)
-            self._order = permutation.tolist()

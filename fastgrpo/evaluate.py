@@ -14,6 +14,7 @@ import torch
 
 from .config import TrainConfig
 from .metrics import completion_metrics, reward_metrics
+from .prompt_order import prompt_seeds
 from .rollout import SamplingParams
 from .samples import Sample, Sampler
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Evaluator:
-    """Measures the policy of a run on one dataset, with the same random numbers every time."""
+    """Measures the policy of a run on one dataset, with the same random numbers every time.
+
+    Each prompt has its own, however many are sampled at once (of a `rollout_fn` see `Engine`).
+    """
 
     def __init__(self, config: TrainConfig, sampler: Sampler, dataset: Dataset) -> None:
         self.config, self.sampler, self.dataset = config, sampler, dataset
@@ -37,12 +41,12 @@ class Evaluator:
             sampling: None for that of the run.
         """
         sampler, at_once = self.sampler, self._prompts_at_once(num_generations)
-        generator = torch.Generator(sampler.policy.device).manual_seed(self.config.seed)
         sampler.rollout.update_weights(sampler.policy.model)
         for first in range(0, len(self.dataset), at_once):
             rows = self.dataset[first : first + at_once]
+            seeds = prompt_seeds(self.config.seed, first, len(rows["prompt"]), "eval")
             yield sampler.sample(
-                rows, num_generations, generator, times={}, sampling=sampling, evaluation=True
+                rows, num_generations, seeds, times={}, sampling=sampling, evaluation=True
             )
         sampler.rollout.sleep()
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from .advantages import Advantages, group_advantages
 from .batch import Batch, make_batch
 from .config import TrainConfig
-from .data import PromptSampler
 from .metrics import advantage_metrics, completion_metrics, reward_metrics, timed
+from .prompt_order import PromptSampler, prompt_seeds
 from .samples import Sample, Sampler
 from .step_advantages import merge_steps, step_advantages
 
@@ -43,7 +43,6 @@ class Collector:
     def __init__(self, config: TrainConfig, sampler: Sampler, dataset: Dataset) -> None:
         self.config, self.sampler, self.dataset = config, sampler, dataset
         self.prompts = PromptSampler(len(dataset), config.seed, config.shuffle_dataset)
-        self.generator = torch.Generator(sampler.policy.device).manual_seed(config.seed)
 
     def collect(self, num_prompts: int, times: dict[str, float]) -> Experience:
         """Sample completions of the next prompts, score them and compare them in their groups.
@@ -88,8 +87,9 @@ class Collector:
         )
 
     def _sample(self, num_prompts: int, times: dict[str, float]) -> list[Sample]:
+        seeds = prompt_seeds(self.config.seed, self.prompts.num_taken, num_prompts, "train")
         rows = self.dataset[self.prompts.take(num_prompts)]
-        return self.sampler.sample(rows, self.config.num_generations, self.generator, times=times)
+        return self.sampler.sample(rows, self.config.num_generations, seeds, times=times)
 
     def _batch(self, samples: list[Sample], advantages: list[Tensor]) -> Batch:
         masked = self.config.mask_truncated_completions
@@ -107,6 +107,7 @@ class Collector:
                 else one.drawn.counted
                 for one in samples
             ],
+            device=self.sampler.policy.device,
         )
 
     def _resample(

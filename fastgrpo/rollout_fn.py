@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from .model import Policy
+from .prompt_order import hashed_seed
 from .rewards.contract import ARGUMENTS
 from .rewards.functions import load, traits_of
-from .rollout import Drawn, Rollout, SamplingParams
+from .rollout import Drawn, Rollout, SamplingParams, new_seeds
 
 RolloutFunction = Callable[..., Mapping[str, Any]]
 """`rollout_fn(prompts, engine, **columns)`, as `play` calls it."""
@@ -46,17 +47,18 @@ class Engine:
         rollout: Rollout,
         policy: Policy,
         sampling: SamplingParams,
-        generator: torch.Generator,
+        seeds: Sequence[int],
         *,
         encode: Callable[[Any], list[int]],
     ) -> None:
-        """Bind it to a policy and to the randomness of a run.
+        """Bind it to a policy and to the randomness of some prompts.
 
         Args:
             rollout: samples.
             policy: what it samples from.
             sampling: how tokens are drawn, in evaluation for example greedily.
-            generator: the source of all randomness, on the policy's device.
+            seeds: of the prompts it is for, all of which the draws of every call depend on: a call
+                does not say whose it is. Other prompts beside them change what is sampled.
             encode: returns the token ids of a prompt, as those of the run are encoded.
         """
         self.tokenizer = policy.tokenizer
@@ -66,7 +68,8 @@ class Engine:
         self.device = policy.device
         self.positions = policy.positions
         self.vocabulary_size = len(policy.head.weight)
-        self._rollout, self._policy, self._generator = rollout, policy, generator
+        self._rollout, self._policy = rollout, policy
+        self._generator = torch.Generator().manual_seed(hashed_seed("rollout_fn", *seeds))
 
     def generate(
         self,
@@ -106,9 +109,10 @@ class Engine:
             max_completion_length=max(lengths),
             stop_token_ids=tuple(stop_token_ids),
         )
+        seeds = new_seeds(len(prompts), self._generator)
         with self._policy.sampling():
             completions = self._rollout.generate(
-                prompts, copies, sampling, self._generator, max_lengths=lengths[::copies]
+                prompts, copies, sampling, seeds, max_lengths=lengths[::copies]
             )
         return completions.drawn(prompts, copies)
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .config import TrainConfig
@@ -104,7 +103,7 @@ class Sampler:
         self,
         rows: Mapping[str, Sequence[Any]],
         num_generations: int,
-        generator: torch.Generator,
+        seeds: Sequence[int],
         *,
         times: dict[str, float],
         sampling: SamplingParams | None = None,
@@ -115,7 +114,7 @@ class Sampler:
         Args:
             rows: columns of the dataset, `prompt` among them.
             num_generations: completions of each prompt.
-            generator: the source of randomness, on the policy's device.
+            seeds: of the random numbers of each prompt, `prompt_seeds` for example.
             times: seconds are added to its `generate` and `reward`.
             sampling: None for that of the run.
             evaluation: failures of reward functions are counted apart from those in training.
@@ -127,7 +126,7 @@ class Sampler:
         prompts = columns.pop("prompt")
         with timed(times, "generate"):
             drawn, extra = self._draw(
-                prompts, columns, num_generations, sampling or self.sampling, generator
+                prompts, columns, num_generations, sampling or self.sampling, seeds
             )
         with timed(times, "reward"):
             completion_ids = [one.completion_ids for one in drawn]
@@ -183,15 +182,15 @@ class Sampler:
         columns: dict[str, list[Any]],
         num_generations: int,
         sampling: SamplingParams,
-        generator: torch.Generator,
+        seeds: Sequence[int],  # one for the copies of a prompt
     ) -> tuple[list[Drawn], dict[str, list[Any]]]:
         """Return a completion for each prompt, and the columns a `rollout_fn` has added."""
         if self.rollout_fn is not None:
-            engine = Engine(self.rollout, self.policy, sampling, generator, encode=self.encode)
+            engine = Engine(self.rollout, self.policy, sampling, seeds, encode=self.encode)
             return play(self.rollout_fn, prompts, columns, engine)
         prompt_ids = [self.encode(prompt) for prompt in prompts[::num_generations]]
         with self.policy.sampling():
-            completions = self.rollout.generate(prompt_ids, num_generations, sampling, generator)
+            completions = self.rollout.generate(prompt_ids, num_generations, sampling, seeds)
         return completions.drawn(prompt_ids, num_generations), {}
 
     def encode(self, prompt: Any) -> list[int]:

@@ -22,7 +22,11 @@ def by_hand():
     """Three sequences: 2, 0 and 1 completion tokens."""
     completions, logps = [[20, 21], [], [22]], [torch.tensor([-2.0, -2.1]), torch.zeros(0)]
     return make_batch(
-        PROMPTS, completions, [*logps, torch.tensor([-2.2])], torch.tensor([1.0, 2, 3])
+        PROMPTS,
+        completions,
+        [*logps, torch.tensor([-2.2])],
+        torch.tensor([1.0, 2, 3]),
+        device="cpu",
     )
 
 
@@ -106,11 +110,12 @@ def sample(model, temperature=0.8):
     )
     generator = torch.Generator().manual_seed(0)
     sampling = SamplingParams(max_completion_length=9, temperature=temperature)
-    done = rollout.generate(PROMPTS, 4, sampling, generator)
+    done = rollout.generate(PROMPTS, 4, sampling, range(3))
     ids = done.token_lists()
     logps = [x[: len(i)] for x, i in zip(done.logps, ids, strict=True)]
     prompts = [ids for ids in PROMPTS for _ in range(4)]
-    return policy, make_batch(prompts, ids, logps, torch.randn(12, generator=generator))
+    advantages = torch.randn(12, generator=generator)
+    return policy, make_batch(prompts, ids, logps, advantages, device=policy.device)
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +254,8 @@ def test_the_head_is_tied_or_not_and_its_gradient_is_that_of_the_logits(sampled)
 
 def test_completions_without_tokens_make_a_batch_in_which_nothing_counts():
     empty = torch.zeros(0)
-    batch = make_batch([[1, 2], [3]], [[], []], [empty, empty], [empty, empty], [None, []])
+    batch = make_batch(
+        [[1, 2], [3]], [[], []], [empty, empty], [empty, empty], [None, []], device="cpu"
+    )
     assert batch.mask.tolist() == [False] * 3
     assert batch.num_completion_tokens == 0

@@ -62,9 +62,8 @@ def engine(model, temperature=TEMPERATURE, length=24):
         model, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
     )
     sampling = SamplingParams(max_completion_length=length, temperature=temperature)
-    generator = torch.Generator().manual_seed(0)
     return policy, Engine(
-        rollout, policy, sampling, generator, encode=lambda text: encode_prompt(text, TOKENIZER)
+        rollout, policy, sampling, [0], encode=lambda text: encode_prompt(text, TOKENIZER)
     )
 
 
@@ -151,6 +150,7 @@ def played(model):
         [x.logps for x in drawn],
         advantages,
         [x.counted for x in drawn],
+        device="cpu",
     )
     return policy, drawn, advantages, batch
 

@@ -1,4 +1,4 @@
-"""Prompts: every source, every refusal by name, encoding without a doubled token, the order."""
+"""Prompts: every source, every refusal by name, encoding without a doubled token."""
 
 import importlib
 import json
@@ -7,15 +7,13 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.data import PromptSampler, encode_prompt, load_prompts
+from fastgrpo.data import encode_prompt, load_prompts
 
 MESSAGES = [{"role": "user", "content": "two words"}]
 
@@ -253,40 +251,3 @@ def test_encodings_that_are_refused():
     without.backend_tokenizer.post_processor = None
     with pytest.raises(ValueError, match="'  ' encodes to no token"):
         encode_prompt("  ", without)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 20), st.integers(0, 3), st.lists(st.integers(0, 25), max_size=6))
-def test_every_epoch_visits_every_row_once_however_it_is_taken(num_rows, seed, sizes):
-    sampler = PromptSampler(num_rows, seed)
-    taken = [row for size in sizes for row in sampler.take(size)]
-    assert taken == PromptSampler(num_rows, seed).take(sum(sizes))
-    assert sampler.epoch == pytest.approx(sum(sizes) / num_rows)
-    for start in range(0, len(taken) - num_rows + 1, num_rows):
-        assert sorted(taken[start : start + num_rows]) == list(range(num_rows))
-
-
-def test_orders_differ_between_epochs_and_seeds_and_do_not_move():
-    orders = [PromptSampler(50, seed).take(150) for seed in range(3)]
-    epochs = [tuple(order[i : i + 50]) for order in orders for i in (0, 50, 100)]
-    assert len(set(epochs)) == 9
-    assert PromptSampler(5, 0).take(10) == [1, 3, 2, 4, 0, 1, 3, 2, 0, 4]
-    assert PromptSampler(3, 0, shuffle=False).take(7) == [0, 1, 2, 0, 1, 2, 0]
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 30))
-def test_a_resumed_sampler_goes_on_where_it_was(num_rows, before, after):
-    sampler = PromptSampler(num_rows, 7)
-    sampler.take(before)
-    resumed = PromptSampler(num_rows, 7)
-    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
-    assert resumed.epoch == sampler.epoch
-    assert resumed.take(after) == sampler.take(after)
-
-
-def test_sampler_refusals():
-    with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
-        PromptSampler(0, 0)
-    with pytest.raises(ValueError, match="row 6 but there are 5 rows"):
-        PromptSampler(5, 0).load_state_dict({"epoch": 0, "index": 6})

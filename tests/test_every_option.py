@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from small_models import save_small_model, small_tokenizer
 from small_runs import lines, run_config, weights_of
 
 from fastgrpo.config import ConfigError, TrainConfig, config_from, is_due, load_config
+from fastgrpo.evaluate import Evaluator
 from fastgrpo.trainer import Trainer
 
 
@@ -53,6 +55,22 @@ def test_evaluations_come_when_they_are_due_and_change_nothing(launch, two_split
     expected = torch.stack([one.rewards_K for one in samples]).sum(1).mean().item()
     found = trainer.test.metrics()
     assert found["eval_reward"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_an_evaluation_samples_does_not_depend_on_how_much_at_once(launch, two_splits):
+    trainer = launch("first", dataset_name=two_splits, eval_strategy="steps")
+    found = []
+    for completions in (None, 1, 7, 9, 24):
+        config = replace(trainer.config, per_device_eval_batch_size=completions)
+        test = Evaluator(config, trainer.sampler, trainer.test.dataset)
+        trainer.collect(1, {})  # training draws from streams of its own
+        found.append([one.drawn.completion_ids for one in test.sample(3)])
+        assert test.num_batches(3) == {None: 1, 1: 8, 7: 4, 9: 3, 24: 1}[completions]
+    assert len({str(ids) for ids in found[0]}) == 24
+    assert all(ids == found[0] for ids in found)
+    config = replace(trainer.config, seed=43)
+    other = Evaluator(config, trainer.sampler, trainer.test.dataset).sample(3)
+    assert [one.drawn.completion_ids for one in other] != found[0]
 
 
 def test_what_is_done_once_an_epoch():

@@ -162,7 +162,7 @@ def test_what_another_sampler_drew_is_weighed_by_how_likely_the_policy_finds_it(
     start, mode, bounds
 ):
     low, high = bounds
-    trainer = start()
+    trainer = start(seed=1)  # its first group has signal, and a sequence that is kept
     as_if_by_vllm(
         trainer,
         shift=-0.05,
@@ -228,6 +228,26 @@ def test_weights_are_pushed_and_memory_given_back_around_every_sampling(start, m
         monkeypatch.setattr(trainer.sampler.rollout, name, spy)
     trainer.train()
     assert [name for name, _ in groupby(calls)] == ["update_weights", "generate", "sleep"] * 2
+
+
+def test_a_prompt_draws_its_own_random_numbers_however_the_steps_are_cut(start):
+    """And a run that begins later draws what a whole one does, with the position alone."""
+    first, second, later = (start(name) for name in ("a", "b", "c"))
+    samples = first.collector.collect(8, {}).samples
+    some = [second.collector.collect(n, {}).samples for n in (3, 1, 4)]
+    later.collector.prompts.load_state_dict({"epoch": 0, "index": 3})
+    rest = later.collector.collect(5, {}).samples
+
+    def ids(samples):
+        return [(one.drawn.prompt_ids, one.drawn.completion_ids) for one in samples]
+
+    assert ids(samples) == ids(one for part in some for one in part)
+    assert ids(samples)[12:] == ids(rest)
+    assert len({str(x) for x in ids(samples)}) == 32
+    again = start("d")
+    again.collector.prompts.load_state_dict({"epoch": 1, "index": 0})
+    visited = {str(p): c for p, c in ids(again.collector.collect(32, {}).samples)}
+    assert all(visited[str(p)] != c for p, c in ids(samples))  # in another epoch others
 
 
 def test_the_collector_is_reproducible(start):

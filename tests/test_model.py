@@ -9,7 +9,11 @@ from fastgrpo.model import Policy
 def some_batch():
     prompts, completions = [[5, 6, 7], [8], [9, 10, 11, 12]], [[13, 14], [15] * 9, [16]]
     return make_batch(
-        prompts, completions, [torch.zeros(len(c)) for c in completions], torch.ones(3)
+        prompts,
+        completions,
+        [torch.zeros(len(c)) for c in completions],
+        torch.ones(3),
+        device="cpu",
     )
 
 

@@ -92,6 +92,7 @@ def train_step(trainer):
         [[7] * (COMPLETION - 1), *[[7] * COMPLETION] * (count - 1)],  # padding needs a mask
         [torch.zeros(COMPLETION - 1), *[torch.zeros(COMPLETION)] * (count - 1)],
         torch.ones(count),
+        device="cpu",
     )
     if trainer.reference is not None:
         batch.ref_logps = torch.zeros_like(batch.sampling_logps)
@@ -183,6 +184,7 @@ def test_log_probs_take_what_was_planned(tmp_path, values):
         [[7] * COMPLETION] * count,
         [torch.zeros(COMPLETION)] * count,
         torch.ones(count),
+        device="cpu",
     )
     measured = allocated(lambda: trainer.add_logps(batch))
     plan = planner(family).plan(trainer.config)

@@ -44,8 +44,8 @@ def move(model):
 
 def logps(policy):
     prompts, completions = [[5, 6, 7], [8]], [[13, 14], [15, 3, 4]]
-    some = [torch.zeros(len(c), device=DEVICE) for c in completions]
-    batch = make_batch(prompts, completions, some, torch.ones(2))
+    some = [torch.zeros(len(c)) for c in completions]
+    batch = make_batch(prompts, completions, some, torch.ones(2), device=DEVICE)
     return batch_logps(policy, batch, [[0, 1]], 1.0)
 
 

@@ -9,6 +9,7 @@ from small_models import small_model, small_tokenizer
 
 from fastgrpo.data import encode_prompt
 from fastgrpo.model import Policy
+from fastgrpo.prompt_order import hashed_seed
 from fastgrpo.rollout import SamplingParams
 from fastgrpo.rollout.static import StaticCacheRollout
 from fastgrpo.rollout_fn import Engine, RolloutError, load_rollout_fn, play, taken_columns
@@ -25,11 +26,10 @@ def rollout_of(policy):
     )
 
 
-def engine(sampling=SAMPLING, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def engine(sampling=SAMPLING, seeds=(0, 0)):
     rollout = rollout_of(POLICY)
     encode = lambda prompt: encode_prompt(prompt, TOKENIZER, system_prompt="Count.")  # noqa: E731
-    return Engine(rollout, POLICY, sampling, generator, encode=encode)
+    return Engine(rollout, POLICY, sampling, seeds, encode=encode)
 
 
 def plain(prompts, engine, **columns):
@@ -44,8 +44,9 @@ def plain(prompts, engine, **columns):
 
 def test_a_function_that_only_samples_makes_what_the_engine_makes():
     prompt_ids = [encode_prompt(prompt, TOKENIZER, system_prompt="Count.") for prompt in PROMPTS]
-    generator = torch.Generator().manual_seed(0)
-    completions = rollout_of(POLICY).generate(prompt_ids[::2], 2, SAMPLING, generator)
+    generator = torch.Generator().manual_seed(hashed_seed("rollout_fn", 0, 0))
+    seeds = torch.randint(2**62, (3,), generator=generator).tolist()
+    completions = rollout_of(POLICY).generate(prompt_ids[::2], 2, SAMPLING, seeds)
     expected = completions.drawn(prompt_ids[::2], 2)
     for returns in (lambda rows: rows, lambda rows: [torch.tensor(row) for row in rows]):
 
@@ -63,10 +64,15 @@ def test_a_function_that_only_samples_makes_what_the_engine_makes():
     assert drawn[0].prompt_ids == TOKENIZER("[system]Count.\n[user]one\n[assistant]")["input_ids"]
 
 
-def test_a_seed_fixes_what_is_sampled_and_zero_is_greedy():
-    first, again, other = (play(plain, PROMPTS, {}, engine(seed=s))[0] for s in (3, 3, 4))
-    ids = [[one.completion_ids for one in drawn] for drawn in (first, again, other)]
-    assert ids[0] == ids[1] != ids[2]
+def test_seeds_fix_what_is_sampled_call_by_call_and_zero_is_greedy():
+    each, state = [], torch.get_rng_state()
+    for seeds in ([3, 5], [3, 5], [3, 6], [35]):
+        one = engine(seeds=seeds)
+        turns = [play(plain, PROMPTS, {}, one)[0] for _ in range(2)]
+        each.append([[x.completion_ids for x in drawn] for drawn in turns])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert each[0] == each[1]
+    assert len({str(turn) for turns in each[1:] for turn in turns}) == 6
     greedy, _ = play(plain, PROMPTS, {}, engine(replace(SAMPLING, temperature=0.0)))
     for one in greedy:
         with torch.no_grad():

@@ -25,7 +25,7 @@ class Given:
     def __init__(self, tokenizer, texts):
         self.ids = torch.tensor([tokenizer(text)["input_ids"] for text in texts])
 
-    def generate(self, prompt_ids, num_generations, sampling, generator=None):
+    def generate(self, prompt_ids, num_generations, sampling, seeds=None):
         assert num_generations == len(self.ids)
         ids = self.ids.repeat(len(prompt_ids), 1)
         return Completions(

@@ -102,6 +102,7 @@ def longest_request(
     prompt_ids: list[list[int]],
     num_generations: int,
     sampling: SamplingParams,
+    seeds: Sequence[int] | None,
     max_lengths: Sequence[int] | None,
 ) -> tuple[int, int]:
     """Return the tokens of the prompt and of the completion that need most room together.
@@ -109,8 +110,9 @@ def longest_request(
     Args: of `Rollout.generate`, which are checked.
 
     Raises:
-        ValueError: there is no prompt, a prompt is empty, `num_generations` is below 1, or
-            `max_lengths` are not one length a prompt, from 1 to `sampling.max_completion_length`.
+        ValueError: there is no prompt, a prompt is empty, `num_generations` is below 1, `seeds`
+            are not one a prompt, or `max_lengths` are not one length a prompt, from 1 to
+            `sampling.max_completion_length`.
     """
     if not prompt_ids:
         raise ValueError("prompt_ids is empty: give at least one prompt")
@@ -118,6 +120,8 @@ def longest_request(
         raise ValueError(f"prompt {prompt_ids.index([])} is empty: give it at least one token")
     if num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    if seeds is not None and len(seeds) != len(prompt_ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts: give one for each")
     limit = sampling.max_completion_length
     lengths = [limit] * len(prompt_ids) if max_lengths is None else max_lengths
     if len(lengths) != len(prompt_ids):
@@ -127,8 +131,23 @@ def longest_request(
     return max(zip(map(len, prompt_ids), lengths, strict=True), key=sum)
 
 
+def new_seeds(count: int, generator: torch.Generator | None = None) -> list[int]:
+    """Draw a seed for each prompt.
+
+    Args:
+        count: prompts.
+        generator: on the CPU; None: torch's own.
+    """
+    seeds_P: torch.Tensor = torch.randint(2**62, (count,), generator=generator)
+    return seeds_P.tolist()
+
+
 class Rollout(Protocol):
-    """Anything that samples completions from the current policy."""
+    """Anything that samples completions from the current policy.
+
+    Randomness belongs to the prompt: what is sampled for it depends on its seed, not on the other
+    prompts.
+    """
 
     is_policy: bool
     """It samples with the very weights that are trained: its log-probs are the policy's."""
@@ -138,7 +157,7 @@ class Rollout(Protocol):
         prompt_ids: list[list[int]],  # P prompts of any length
         num_generations: int,
         sampling: SamplingParams,
-        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,  # P; None: drawn from torch's CPU generator
         *,
         max_lengths: Sequence[int] | None = None,  # P, none above `sampling`'s
     ) -> Completions:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastgrpo.attention import evaluating
-from fastgrpo.rollout import Completions, SamplingParams, longest_request
+from fastgrpo.rollout import Completions, SamplingParams, longest_request, new_seeds
 from fastgrpo.rollout.cache import budget_bytes, fitting_rows, row_bytes
 from fastgrpo.rollout.cuda_graph import GraphedSteps
 from fastgrpo.rollout.decoder import Decoder, StaticModel, StepMaker, as_it_is
@@ -71,19 +71,21 @@ class StaticCacheRollout:
         prompt_ids: list[list[int]],  # P prompts of any length
         num_generations: int,
         sampling: SamplingParams,
-        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,  # P
         *,
         max_lengths: Sequence[int] | None = None,  # P
     ) -> Completions:
         """Sample `num_generations` completions of each prompt.
 
-        The random numbers of a completion do not depend on how many are decoded at once.
+        The random numbers of a prompt's completions are its seed's alone, whatever else is sampled
+        and however much of it at once.
 
         Args:
             prompt_ids: the token ids of each prompt, without padding.
             num_generations: completions a prompt (G).
             sampling: how tokens are drawn.
-            generator: the source of randomness, on the model's device; None for the global one.
+            seeds: of the random numbers of each prompt; None: drawn from torch's CPU generator.
+                Where decoding is greedy there are none.
             max_lengths: tokens that the completions of each prompt may have, where that is less
                 than `sampling` says; None: it is not.
 
@@ -94,12 +96,16 @@ class StaticCacheRollout:
             ValueError: what is asked for makes no sense (`longest_request`), or a prompt and its
                 completion do not fit in the model's positions.
         """
-        self._check(*longest_request(prompt_ids, num_generations, sampling, max_lengths))
+        self._check(*longest_request(prompt_ids, num_generations, sampling, seeds, max_lengths))
         device: torch.device = self._model.model.device
         shape = len(prompt_ids), num_generations, sampling.max_completion_length
         uniforms_PGT = torch.zeros(shape, dtype=torch.float64, device=device)
         if sampling.temperature > 0:
-            uniforms_PGT.uniform_(generator=generator)
+            generator = torch.Generator(device)
+            for uniforms_GT, seed in zip(
+                uniforms_PGT, seeds or new_seeds(len(prompt_ids)), strict=True
+            ):
+                uniforms_GT.uniform_(generator=generator.manual_seed(seed))
         longest = max(map(len, prompt_ids)) + sampling.max_completion_length
         rows = self._max_batch or self._fitting_rows(longest, num_generations, sampling)
         prompts_at_once = max(1, rows // num_generations)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from fastgrpo.rollout import Completions, SamplingParams, longest_request
+from fastgrpo.rollout import Completions, SamplingParams, longest_request, new_seeds
 from fastgrpo.rollout.weights import check_weights, checkpoint_weights
 
 # What vLLM is told in its environment, where the user has not said otherwise.
@@ -69,8 +69,8 @@ class VLLMRollout:
             max_batch: completions decoded at once; None: vLLM's choice.
             enable_sleep_mode: let `sleep` give the memory back.
             cuda_graph: on a GPU, let vLLM compile and capture its steps.
-            seed: of vLLM itself. On a GPU all randomness is its own: a seed for each prompt, from
-                the generator given to `generate`, would make it draw row by row.
+            seed: of vLLM itself. On a GPU all randomness is its own: the seeds given to `generate`
+                would make it draw row by row.
 
         Raises:
             ValueError: vLLM is not installed, or cannot run this model in this memory.
@@ -121,7 +121,7 @@ class VLLMRollout:
         prompt_ids: list[list[int]],  # P prompts of any length
         num_generations: int,
         sampling: SamplingParams,
-        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,  # P
         *,
         max_lengths: Sequence[int] | None = None,  # P
     ) -> Completions:
@@ -131,7 +131,8 @@ class VLLMRollout:
             prompt_ids: the token ids of each prompt, without padding.
             num_generations: completions a prompt (G).
             sampling: how tokens are drawn. vLLM looks at `min_p` before top_k and top_p.
-            generator: gives the seed of each prompt; None for the global one.
+            seeds: of the random numbers of each prompt; None: drawn from torch's CPU generator. On
+                a GPU, and where decoding is greedy, they are not used.
             max_lengths: tokens that the completions of each prompt may have, where that is less
                 than `sampling` says; None: it is not.
 
@@ -142,10 +143,12 @@ class VLLMRollout:
             ValueError: what is asked for makes no sense (`longest_request`), or a prompt and its
                 completion do not fit.
         """
-        self._check(*longest_request(prompt_ids, num_generations, sampling, max_lengths))
+        self._check(*longest_request(prompt_ids, num_generations, sampling, seeds, max_lengths))
         limits = max_lengths or [sampling.max_completion_length] * len(prompt_ids)
-        device = self._device if generator is None else generator.device
-        seeds = torch.randint(2**62, (len(prompt_ids),), generator=generator, device=device)
+        if self._device.type == "cuda" or sampling.temperature == 0:
+            each_seed = [None] * len(prompt_ids)
+        else:
+            each_seed = seeds or new_seeds(len(prompt_ids))
         with torch.autocast(self._device.type, enabled=False):  # its kernels choose their types
             self._wake()
             self._temperature = sampling.temperature or 1.0
@@ -155,9 +158,9 @@ class VLLMRollout:
                     self._params(
                         replace(sampling, max_completion_length=limit),
                         num_generations,
-                        None if device.type == "cuda" else seed,
+                        seed,
                     )
-                    for limit, seed in zip(limits, seeds.tolist(), strict=True)
+                    for limit, seed in zip(limits, each_seed, strict=True)
                 ],
                 use_tqdm=False,
             )

@@ -11,7 +11,7 @@ import copy
 import itertools
 import random
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from benchmarks.trainer_cells import Task
 from fastgrpo.assets import Assets
 from fastgrpo.config import config_from
-from fastgrpo.data import PromptSampler
 from fastgrpo.json_lines import read_lines
+from fastgrpo.prompt_order import PromptSampler
 from fastgrpo.rollout import Completions, SamplingParams
 from fastgrpo.trainer import Trainer
 
@@ -83,7 +83,7 @@ class Given:
         prompt_ids: list[list[int]],
         num_generations: int,
         sampling: SamplingParams,
-        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Completions:
         """Give them to our trainer, which takes no log-probs from a sampler that is the policy."""
         groups = [self.completions(ids, num_generations) for ids in prompt_ids]

@@ -20,9 +20,7 @@ def generate(model, cuda_graph, sampling=SAMPLING, eos=(), max_lengths=None, **o
         model, eos_token_ids=eos, pad_token_id=PAD, cuda_graph=cuda_graph,
         on_message=messages.append, **options,
     )  # fmt: skip
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(3)
-    return rollout.generate(PROMPTS, 4, sampling, generator, max_lengths=max_lengths), messages
+    return rollout.generate(PROMPTS, 4, sampling, range(4), max_lengths=max_lengths), messages
 
 
 @pytest.fixture

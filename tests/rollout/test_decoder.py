@@ -167,19 +167,6 @@ def test_dropping_rows_that_ended_changes_no_token(config_class, temperature, sh
     assert sum(fewer_rows) < sum(all_rows)
 
 
-def test_a_row_draws_the_same_tokens_in_any_batch():
-    sampling = SamplingParams(max_completion_length=10, temperature=0.9)
-    results = [
-        StaticCacheRollout(tiny(), **NO_EOS, max_batch=max_batch).generate(
-            PROMPTS, 4, sampling, torch.Generator().manual_seed(5)
-        )
-        for max_batch in (None, 8, 3, 1)
-    ]
-    for other in results[1:]:
-        assert torch.equal(other.ids, results[0].ids)
-        torch.testing.assert_close(other.logps, results[0].logps, atol=5e-5, rtol=1e-5)
-
-
 @torch.no_grad()
 def test_rows_at_their_own_length_need_no_further_positions():
     """GPT-2 has a table of them, and a row may stay until others have ended."""

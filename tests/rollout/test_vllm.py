@@ -74,9 +74,9 @@ def differences(model, result, temperature=1.0):
     ]
 
 
-def generate(engine, *, num_generations=3, seed=0, **sampling):
+def generate(engine, *, num_generations=3, **sampling):
     sampling = SamplingParams(**{"max_completion_length": 6} | sampling)
-    return engine.generate(PROMPTS, num_generations, sampling, torch.Generator().manual_seed(seed))
+    return engine.generate(PROMPTS, num_generations, sampling, range(len(PROMPTS)))
 
 
 @pytest.mark.vllm
@@ -112,7 +112,7 @@ def test_sampling_follows_the_distribution(engine, policy):
         [PROMPTS[0]],
         draws,
         SamplingParams(max_completion_length=1, temperature=1.5, top_k=8),
-        torch.Generator().manual_seed(0),
+        [0],
     )
     ids = torch.tensor([PROMPTS[0]], device=DEVICE)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_sampling_follows_the_distribution(engine, policy):
 def test_min_p_keeps_the_likely(engine, policy):
     draws, min_p = 3000, 0.3
     sampling = SamplingParams(max_completion_length=1, temperature=1.5, min_p=min_p)
-    result = engine.generate([PROMPTS[0]], draws, sampling, torch.Generator().manual_seed(0))
+    result = engine.generate([PROMPTS[0]], draws, sampling, [0])
     with torch.no_grad():
         logits = policy(torch.tensor([PROMPTS[0]], device=DEVICE)).logits[0, -1].float() / 1.5
     probs = logits.softmax(-1).double().cpu()
@@ -185,7 +185,7 @@ def test_tokens_read_under_earlier_weights_are_forgotten(engine, policy):
 def test_adapters_are_pushed_merged(engine, policy):
     from peft import LoraConfig, get_peft_model
 
-    plain = generate(engine)
+    plain = generate(engine, temperature=0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     model = get_peft_model(copy.deepcopy(policy), lora)
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -198,20 +198,20 @@ def test_adapters_are_pushed_merged(engine, policy):
     assert max(differences(policy, result)) > 0.05
     with model.disable_adapter():
         engine.update_weights(model)
-        again = generate(engine)
+        again = generate(engine, temperature=0)
     assert torch.equal(again.ids, plain.ids)
     assert torch.equal(again.logps, plain.logps)
 
 
 @pytest.mark.vllm
 def test_sleep_drops_the_weights_and_generate_brings_them_back(engine, policy):
-    expected = generate(engine)
+    expected = generate(engine, temperature=0)
     engine.sleep()
     engine.sleep()
     assert engine._llm.llm_engine.is_sleeping()
     # On a CPU vLLM leaves the memory as it is: do what a GPU's sleep does to it.
     engine._llm.apply_model(lambda m: [p.data.fill_(torch.nan) for p in m.parameters()] and None)
-    result = generate(engine)
+    result = generate(engine, temperature=0)
     assert not engine._llm.llm_engine.is_sleeping()
     assert torch.equal(result.ids, expected.ids)
     assert torch.equal(result.logps, expected.logps)
@@ -226,10 +226,10 @@ def test_sleep_drops_the_weights_and_generate_brings_them_back(engine, policy):
 
 @pytest.mark.vllm
 def test_any_eos_ends_a_completion(engine, policy, monkeypatch):
-    free = generate(engine, max_completion_length=12)
+    free = generate(engine, max_completion_length=12, temperature=0)
     eos = [free.ids[0, 3].item(), free.ids[4, 5].item()]
     monkeypatch.setattr(engine, "_eos_token_ids", eos)
-    result = generate(engine, max_completion_length=12)
+    result = generate(engine, max_completion_length=12, temperature=0)
     for i, ids in enumerate(free.ids.tolist()):
         hits = [t for t, token in enumerate(ids) if token in eos]
         length = hits[0] + 1 if hits else 12
@@ -242,25 +242,30 @@ def test_any_eos_ends_a_completion(engine, policy, monkeypatch):
 
 
 @pytest.mark.vllm
-def test_the_generator_fixes_the_completions(engine, policy):
-    generator = torch.Generator().manual_seed(3)
-    sampling = SamplingParams(max_completion_length=6)
-    first = engine.generate(PROMPTS, 4, sampling, generator)
-    after = engine.generate(PROMPTS, 4, sampling, generator)
+@pytest.mark.skipif(DEVICE == "cuda", reason="vLLM's randomness is its own on a GPU")
+def test_seeds_fix_the_completions_of_their_prompts(engine, policy):
+    sampling, seeds = SamplingParams(max_completion_length=6), [3, 2**61, 5]
+    first = engine.generate(PROMPTS, 4, sampling, seeds)
+    other = engine.generate(PROMPTS, 4, sampling, [3, 4, 5])
     engine.update_weights(policy)
-    again = generate(engine, num_generations=4, seed=3)
+    again = engine.generate(PROMPTS, 4, sampling, seeds)
     assert torch.equal(first.ids, again.ids)
     assert torch.equal(first.logps, again.logps)
-    assert not torch.equal(first.ids, after.ids)
-    assert not torch.equal(first.ids, generate(engine, num_generations=4, seed=4).ids)
+    changed = (first.ids != other.ids).any(1).tolist()
+    assert changed == [False] * 4 + [True] * 4 + [False] * 4
+    alone = engine.generate(PROMPTS[1:2], 4, sampling, seeds[1:2])
+    assert torch.equal(alone.ids, first.ids[4:8])
+    state = torch.get_rng_state()
+    engine.generate(PROMPTS, 1, SamplingParams(max_completion_length=6, temperature=0))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.vllm
 def test_autocast_around_it_changes_nothing(engine, policy):
-    expected = generate(engine)
+    expected = generate(engine, temperature=0)
     engine.update_weights(policy)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        result = generate(engine)
+        result = generate(engine, temperature=0)
     assert torch.equal(result.logps, expected.logps)
 
 
@@ -273,6 +278,8 @@ def test_bad_requests_name_the_value_and_the_remedy(engine):
         engine.generate([[1], []], 1, sampling)
     with pytest.raises(ValueError, match="num_generations must be at least 1, got 0"):
         engine.generate(PROMPTS, 0, sampling)
+    with pytest.raises(ValueError, match="1 seeds for 3 prompts: give one for each"):
+        engine.generate(PROMPTS, 1, sampling, [0])
     with pytest.raises(ValueError, match=r"253 tokens.* 4 .* 256 .* raise vllm_max_model_length"):
         engine.generate([[5] * 253], 1, sampling)
 
