@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections import Counter
 from datetime import UTC, datetime
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +17,7 @@ from small_runs import lines
 
 from fastgrpo.cli import main
 from fastgrpo.report import write_report
+from fastgrpo.rewards.answers import is_right
 
 REWARDS = """
 def has_e(completions, answer, **columns):
@@ -122,6 +123,11 @@ def test_the_final_checkpoint_is_what_the_run_has_measured(run):
     assert summary["sampled"]["after"] > summary["sampled"]["before"]  # it has learnt something
 
 
+@cache
+def same(one, other):
+    return one == other or (is_right(one, other) and is_right(other, one))
+
+
 def test_the_files_say_what_was_measured_and_the_numbers_follow_from_the_completions(run, capsys):
     path = evaluate(run, "-n", 6, "-k", "1,3", "--checkpoint", "step-3", "seed=7")
     results, completions = found(path), lines(path.with_suffix(".jsonl"))
@@ -147,9 +153,9 @@ def test_the_files_say_what_was_measured_and_the_numbers_follow_from_the_complet
         passed.append(fmean(any(line["right"] for line in draw) for draw in draws))
         shares = []
         for draw in draws:
-            votes = Counter(line["answer"] for line in draw)
+            votes = [sum(same(x["answer"], y["answer"]) for y in draw) for x in draw]
             # Random texts: either two are the same, or all three win a third of the time.
-            top = [line for line in draw if votes[line["answer"]] == max(votes.values())]
+            top = [line for line, n in zip(draw, votes, strict=True) if n == max(votes)]
             shares.append(fmean(line["right"] for line in top))
         voted.append(fmean(shares))
     rights = [line["right"] for line in completions]
