@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Batch:
     old_logps: Tensor | None = None  # (N,) fp32; None = the policy has not moved since sampling
     ref_logps: Tensor | None = None  # (N,) fp32; None = beta is 0
     importance_weights: Tensor | None = None  # (N,) fp32; None = the policy itself has sampled
+
+    ON_CPU: ClassVar[tuple[str, ...]] = ("mask", "advantages")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,6 +104,12 @@ class Batch:
             lengths=[self.lengths[i] for i in rows],
             **{name: x[index if x.device.type == "cpu" else there] for name, x in tensors.items()},
         )
+
+    def without_effect(self) -> Batch:
+        """Return the batch of the shortest sequence, of which nothing counts."""
+        batch = self.select([min(range(len(self)), key=lambda i: self.lengths[i])])
+        nothing = torch.zeros_like(batch.mask)
+        return replace(batch, mask=nothing, advantages=torch.zeros_like(batch.advantages))
 
     def contributing(self, config: GRPOLossConfig) -> list[int]:
         """Return the sequences that have a gradient; the others may be left out, exactly.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,26 @@ def save_checkpoint(
     can be found, `AutoModelForCausalLM.from_pretrained(path)` loads both. Options are those of
     `save_pretrained`.
     """
+    aside = begin_checkpoint(path)
+    finish_checkpoint(path, aside, model, tokenizer, **options)
+
+
+def begin_checkpoint(path: Path) -> Path:
+    """Make the directory in which a checkpoint is written before it has its name."""
     aside = path.with_name(f".{path.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    return aside
+
+
+def finish_checkpoint(
+    path: Path,
+    aside: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    **options: Any,
+) -> None:
+    """Add the model to what else is in the directory, and give it its name."""
     if hasattr(model, "get_base_model"):
         # Else PEFT would ask the Hub whether the embeddings, which are frozen, have another size.
         options["save_embedding_layers"] = False
@@ -34,19 +51,37 @@ def save_checkpoint(
     os.replace(aside, path)
 
 
-def name_base(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save what adapters were put on to `path`, unless it has a name to load it by already."""
+def nameless_base(model: Any) -> PreTrainedModel | None:
+    """Return what adapters were put on, if it has no name to load it by."""
     if not hasattr(model, "get_base_model"):
-        return
+        return None
     base: Any = model.get_base_model()
-    if base.name_or_path:
+    return None if base.name_or_path else base
+
+
+def name_base(
+    path: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Save what adapters were put on to `path`, unless it has a name to load it by already.
+
+    Args:
+        path: where.
+        model: with adapters, or without.
+        tokenizer: saved beside it.
+        state: the parameters of the base, if it does not hold them whole itself.
+    """
+    base = nameless_base(model)
+    if base is None:
         return
-    state = {
+    own = {
         name.replace(".base_layer.", "."): value
-        for name, value in base.state_dict().items()
+        for name, value in (state or base.state_dict()).items()
         if ".lora_" not in name
     }
-    save_checkpoint(path, base, tokenizer, state_dict=state)
+    save_checkpoint(path, base, tokenizer, state_dict=own)
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = str(path.resolve())
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .readable import plain
+
+if TYPE_CHECKING:
+    from .distributed import World
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="TOKENS",
         help="of the longest prompt; without it, from a local dataset, else 512",
     )
+    train_parser.add_argument(
+        "--resume",
+        choices=["auto"],
+        help="auto: go on from the newest checkpoint in output_dir; begin if there is none",
+    )
     _add_eval_options(eval_parser)
     report_parser.add_argument("run", help="a run directory")
     report_parser.add_argument(
@@ -86,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return evaluate(options, overrides)
         if options.command == "report":
             return report(options.run, options.out)
-        return train(options.config, overrides)
+        return train(options.config, overrides, resume=options.resume == "auto")
     except KeyboardInterrupt:
         _complain("interrupted before anything was written")
         return 130
@@ -167,45 +178,78 @@ def _whole_numbers(text: str) -> list[int]:
         ) from None
 
 
-def train(config_file: str, overrides: Sequence[str]) -> int:
+def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
     """Train as a file and overrides say; errors that are the user's to mend are one sentence."""
-    print(f"fastgrpo: loading {config_file}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastgrpo: loading {config_file}", file=sys.stderr, flush=True)
     # Imported here, where an impatient Ctrl-C is caught: they take seconds.
+    from .distributed import is_restarted, join_world, leave_world
+
+    try:
+        world = join_world()
+    except ValueError as error:
+        _complain(error)
+        return 2
+    if not world.is_main and signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to tidy up, and no time to lose
+    status = _train(config_file, overrides, world, resume=resume or is_restarted())
+    if world.size > 1 and status:
+        sys.stderr.flush()
+        os._exit(status)  # the others are waiting for this one, and it must not wait for them
+    leave_world()
+    return status
+
+
+def _train(config_file: str, overrides: Sequence[str], world: World, *, resume: bool) -> int:
+    """Do what `train` says, as one of several processes; the first to fail says why."""
     from torch import OutOfMemoryError
 
     from .config import load_config
+    from .distributed import is_first_to_fail, lost_peer
     from .rewards import RewardError
     from .rollout_fn import RolloutError
     from .trainer import Trainer
 
+    def complain(error: Exception | str, *more: str) -> None:
+        if is_first_to_fail(world):
+            _complain(f"{'' if world.size == 1 else f'rank {world.rank}: '}{error}", *more)
+
     try:
         with warnings.catch_warnings(record=True) as told:
             config = load_config(config_file, overrides)
-        trainer = Trainer(config, run_name=Path(config_file).stem)
+        trainer = Trainer(config, run_name=Path(config_file).stem, resume=resume)
     except (ValueError, OSError, ImportError) as error:
-        _complain(error)
+        complain(error)
         return 2
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        complain(error)
+        return 1
     for text in dict.fromkeys(str(each.message) for each in told):
         trainer.journal.warn(0, f"warning: {text}")
     try:
         trainer.train()
     except (RewardError, RolloutError, FloatingPointError) as error:
-        _complain(error, _place(trainer.run.path))
+        complain(error, _place(trainer.run.path))
         return 1
     except OutOfMemoryError as error:
         advice = (
             f"`fastgrpo plan {config_file}` says what takes memory, and which line of the "
             "configuration would save most"
         )
-        _complain(error, advice, _place(trainer.run.path))
+        complain(error, advice, _place(trainer.run.path))
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted", _place(trainer.run.path))
+        complain("interrupted", _place(trainer.run.path))
         return 130
-    except Exception:
-        # Before the traceback of what is nobody's input.
-        print(_place(trainer.run.path), file=sys.stderr)
-        raise
+    except Exception as error:
+        if world.size == 1:
+            # Before the traceback of what is nobody's input.
+            print(_place(trainer.run.path), file=sys.stderr)
+            raise
+        complain(error if lost_peer(error) else traceback.format_exc(), _place(trainer.run.path))
+        return 1
     return 0
 
 

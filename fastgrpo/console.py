@@ -57,6 +57,11 @@ class Console:
         self._held_back: str | None = None
         self._live: Live | None = None
 
+    @classmethod
+    def mute(cls) -> Console:
+        """Return a console that shows nothing, for all processes of a run but the first."""
+        return cls(console=RichConsole(quiet=True, force_interactive=False))
+
     def __enter__(self) -> Console:
         if self._console.is_interactive:
             self._live = Live(get_renderable=self._view, console=self._console)

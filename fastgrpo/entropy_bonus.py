@@ -41,3 +41,11 @@ class EntropyBonus:
         self.coefficient = min(
             max(self.coefficient + change, config.entropy_coef_min), config.entropy_coef_max
         )
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what has changed since the start of the run."""
+        return {"coefficient": self.coefficient, "due": self._due}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on where `state_dict` was called."""
+        self.coefficient, self._due = state["coefficient"], bool(state["due"])

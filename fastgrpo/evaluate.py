@@ -42,12 +42,13 @@ class Evaluator:
         """
         sampler, at_once = self.sampler, self._prompts_at_once(num_generations)
         sampler.rollout.update_weights(sampler.policy.model)
-        for first in range(0, len(self.dataset), at_once):
-            rows = self.dataset[first : first + at_once]
-            seeds = prompt_seeds(self.config.seed, first, len(rows["prompt"]), "eval")
-            yield sampler.sample(
-                rows, num_generations, seeds, times={}, sampling=sampling, evaluation=True
-            )
+        with sampler.policy.whole():
+            for first in range(0, len(self.dataset), at_once):
+                rows = self.dataset[first : first + at_once]
+                seeds = prompt_seeds(self.config.seed, first, len(rows["prompt"]), "eval")
+                yield sampler.sample(
+                    rows, num_generations, seeds, times={}, sampling=sampling, evaluation=True
+                )
         sampler.rollout.sleep()
 
     def num_batches(self, num_generations: int = 1) -> int:
@@ -93,8 +94,8 @@ class Evaluator:
 
     def _prompts_at_once(self, num_generations: int) -> int:
         config = self.config
-        completions = config.per_device_eval_batch_size or config.completions_per_step
-        return max(1, completions // num_generations)
+        completions = config.per_device_eval_batch_size or config.completions_per_process
+        return max(1, completions // num_generations) * self.sampler.world.size
 
 
 def evaluator_of(

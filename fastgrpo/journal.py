@@ -100,3 +100,25 @@ class Journal:
         summary = self.run.finish(f"rewards/{judge}/mean", **summary)
         self.console.message(f"run directory: {self.run.path}")
         return summary
+
+
+class MuteJournal(Journal):
+    """The journal of a process that is not the first: what it would write the first one writes."""
+
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory, console: Console, reward_names: Sequence[str]
+    ) -> None:
+        self.config, self.run, self.console = config, run, console
+        self.reward_names = list(reward_names)
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def generation(self, step: int, found: Experience, *, logged: bool) -> None:
+        """Write nothing."""
+
+    def step(self, metrics: Mapping[str, Any], *, fresh: bool) -> None:
+        """Write nothing."""
+
+    def warn(self, step: int, *texts: str) -> None:
+        """Write nothing."""

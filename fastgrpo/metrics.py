@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -80,18 +81,26 @@ class StepMetrics:
                 self._accumulate(self._sums, name, share)
                 self._accumulate(self._weights, name, own_weight)
 
-    def result(self) -> dict[str, float]:
+    def result(self, gather: Callable[[_Totals], list[_Totals]] | None = None) -> dict[str, float]:
         """Return the step's values; this is the one host synchronisation.
 
         The mean of nothing is NaN, its minimum and maximum are infinite.
+
+        Args:
+            gather: returns what all ranks have called it with; None: this one is all there are.
         """
-        values = self._extremes | {
-            name: total / self._weights[name] if name in self._weights else total
-            for name, total in self._sums.items()
+        own = _to_host([self._sums, self._weights, self._extremes])
+        totals = [own] if gather is None else gather(own)
+        sums, weights = (_added([each[part] for each in totals]) for part in (0, 1))
+        extremes: dict[str, float] = {}
+        for each in totals:
+            for name, value in each[2].items():
+                choose = min if name.endswith("min") else max
+                extremes[name] = choose(value, extremes.get(name, value))
+        return extremes | {
+            name: _ratio(total, weights[name]) if name in weights else total
+            for name, total in sums.items()
         }
-        if not values:
-            return {}
-        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     @staticmethod
     def _accumulate(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -104,6 +113,25 @@ class StepMetrics:
         value = torch.where(weight > 0, value, worst)
         seen = self._extremes.get(name)
         self._extremes[name] = value if seen is None else choose(seen, value)
+
+
+_Totals: TypeAlias = list[dict[str, float]]
+"""Sums, the weights of those that are of means, and extremes."""
+
+
+def _to_host(parts: list[dict[str, Tensor]]) -> _Totals:
+    tensors = [value for part in parts for value in part.values()]
+    values = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [{name: next(values) for name in part} for part in parts]
+
+
+def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
+def _ratio(total: float, weight: float) -> float:
+    return total / weight if weight else math.nan
 
 
 def reward_metrics(

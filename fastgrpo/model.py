@@ -11,16 +11,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import packed_arguments, packed_attention, why_not_packed
 from .batch import Batch
 from .head import read_head
+
+if TYPE_CHECKING:
+    from .sharding import Sharding
 
 
 class Policy:
@@ -33,6 +36,7 @@ class Policy:
         *,
         bf16: bool,
         padding_free: bool | None = None,
+        sharding: Sharding | None = None,
     ):
         """Cut a model into its body and its head.
 
@@ -41,6 +45,7 @@ class Policy:
             tokenizer: its tokenizer.
             bf16: compute under bf16 autocast.
             padding_free: pack sequences instead of padding them; None: if the model can.
+            sharding: of the model, whose parameters are whole now; None: it is in one piece.
 
         Raises:
             ValueError: the head is one the loss cannot express, the model cannot be packed and
@@ -49,6 +54,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.bf16 = bf16
+        self.sharding = sharding
         self.device = next(model.parameters()).device
         self.head = read_head(model)
         own: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
@@ -100,6 +106,26 @@ class Policy:
         finally:
             model.set_attn_implementation(own)
 
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        """Return the context of many forward passes without a gradient: no collectives inside."""
+        with nullcontext() if self.sharding is None else self.sharding.whole():
+            yield
+
+    def begin_pass(self, *, last: bool) -> None:
+        """Get ready for a forward and backward pass of a step, the last one or another."""
+        if self.sharding is not None:
+            self.sharding.begin_pass(last=last)
+
+    def reshard(self) -> None:
+        """Let go of gathered parameters; they may change afterwards."""
+        if self.sharding is not None:
+            self.sharding.reshard()
+
+    def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return all parameters of the model, or of what adapters are on, to the first rank."""
+        return module.state_dict() if self.sharding is None else self.sharding.state_dict(module)
+
     def compile(self) -> None:
         """Compile each layer of the body for training, for sequences of any length.
 
@@ -116,7 +142,7 @@ class Policy:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Run the body on a batch: (N, H) last hidden states, one for each of its tokens."""
-        decoder = self.model.get_decoder()
+        decoder = self.model.get_decoder() if self.sharding is None else self.sharding.decode
         if self.packed:
             now: Any = self.model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
             assert now == self.attention, "packed sequences need the context policy.packing()"

@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -80,12 +82,18 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     Raises:
         FloatingPointError: the norm is infinite or NaN; weights and gradients are untouched.
     """
-    gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
-    if not gradients:
+    found = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    if not found:
         return 0.0
+    gradients = [g.to_local() if isinstance(g, DTensor) else g for g in found]
     # PyTorch's clip_grad_norm_ would round the norms, and the scale, to the type of the gradients.
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    total = torch.linalg.vector_norm(torch.stack(norms)).cpu()  # the one wait for the device
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if isinstance(found[0], DTensor):  # copies of the model have the same gradients
+        mesh = found[0].device_mesh
+        dist.all_reduce(total.square_(), group=mesh.get_group(mesh.ndim - 1))
+        total.sqrt_()
+    total = total.cpu()  # the one wait for the device
     norm, scale = float(total), float((max_norm or math.inf) / (total + 1e-6))
     if not math.isfinite(norm):
         raise FloatingPointError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import TrainConfig
 from .model import Policy
@@ -19,7 +20,8 @@ class Reference:
 
     With adapters it is the policy with these switched off, at no cost in memory. Otherwise it is a
     copy, which `offload_ref_model` leaves in CPU memory (pinned, if there is a GPU) but for the
-    moments in which it is asked.
+    moments in which it is asked. Of a sharded policy it is a copy of this process's part, which
+    changes places with the policy's for these moments.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
@@ -30,12 +32,23 @@ class Reference:
             config: its `use_peft`, and its options of the reference.
         """
         self.policy, self.config = policy, config
-        self.frozen = None if config.use_peft else _frozen_copy(policy, config.offload_ref_model)
+        self.frozen: Policy | None = None
+        self._parts: list[Tensor] = []
+        if config.use_peft:
+            return
+        if policy.sharding is None:
+            self.frozen = _frozen_copy(policy, config.offload_ref_model)
+        else:
+            place = _to_cpu if config.offload_ref_model else torch.clone
+            self._parts = [place(own) for own in _own_parts(policy)]
 
     @contextmanager
     def ready(self) -> Generator[Policy]:
         """Give the reference as a policy that can be asked inside the context only."""
-        if self.frozen is None:
+        if self._parts:
+            with self._in_place():
+                yield self.policy
+        elif self.frozen is None:
             adapted: Any = self.policy.model
             with adapted.disable_adapter():
                 yield self.policy
@@ -57,15 +70,37 @@ class Reference:
 
     def renew(self) -> None:
         """Become what the policy is now, after a warm start; with adapters it is that already."""
-        if self.frozen is not None:
+        if self.frozen is not None or self._parts:
             self._move(1.0)
+
+    def own_parts(self) -> list[Tensor]:
+        """Return what this process has of the reference; nothing, if adapters are switched off."""
+        return self._parts if self.frozen is None else _own_parts(self.frozen)
 
     @torch.no_grad()
     def _move(self, alpha: float) -> None:
-        assert self.frozen is not None
-        pairs = zip(self.frozen.model.parameters(), self.policy.model.parameters(), strict=True)
-        for old, new in pairs:
+        for old, new in zip(self.own_parts(), _own_parts(self.policy), strict=True):
             old.lerp_(new.to(old.device), alpha)
+
+    @contextmanager
+    def _in_place(self) -> Generator[None]:
+        """Have the reference's values in the policy's place for a while."""
+        own, kept = _own_parts(self.policy), [part.clone() for part in _own_parts(self.policy)]
+        self.policy.reshard()
+        try:
+            for there, part in zip(own, self._parts, strict=True):
+                there.copy_(part, non_blocking=True)
+            yield
+        finally:
+            self.policy.reshard()
+            for there, part in zip(own, kept, strict=True):
+                there.copy_(part)
+
+
+def _own_parts(policy: Policy) -> list[Tensor]:
+    """Return this process's part of each parameter, all of it if the policy is not sharded."""
+    parameters = [parameter.detach() for parameter in policy.model.parameters()]
+    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
 
 def _frozen_copy(policy: Policy, offload: bool) -> Policy:

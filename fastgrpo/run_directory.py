@@ -23,13 +23,26 @@ from .rewards.names import as_object
 
 _GIVEN = ("config.yaml", "objects.json")
 """Files that say what a run was given."""
+_MAY_DIFFER = frozenset(
+    {
+        *("parallel", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("max_tokens_per_microbatch", "max_generation_batch_size", "per_device_eval_batch_size"),
+        *("output_dir", "cpu_threads", "logging_steps", "save_total_limit", "report_to", "project"),
+    }
+)
+"""Options of a resumed run that change how it is computed or shown, not what."""
 
 
 class RunDirectory:
     """A directory that belongs to one run, and what is written into it."""
 
     def __init__(
-        self, config: TrainConfig, name: str, objects: Mapping[str, Any] | None = None
+        self,
+        config: TrainConfig,
+        name: str,
+        objects: Mapping[str, Any] | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
         """Make the directory, `config.output_dir` or a new one under `runs/`.
 
@@ -38,11 +51,12 @@ class RunDirectory:
             name: how a new directory under `runs/` is called.
             objects: what was given as objects in place of names of the configuration, if anything:
                 `objects.json` says so.
+            resume: a directory that holds a run is this one, to go on with.
 
         Raises:
-            ValueError: the directory holds something: a run is never overwritten.
+            ValueError: the directory holds something: a run is never overwritten; or the run that
+                is to go on is another one.
         """
-        self.path, self._made = _create(config.output_dir, name)
         self.graded = False
         """The first reward function gave something else than 0 and 1."""
         given = {key: value for key, value in (objects or {}).items() if value is not None}
@@ -50,9 +64,31 @@ class RunDirectory:
         for key, names in given.items():  # a run from this file alone must not do without them
             one = isinstance(names, str)
             values[key] = as_object(names) if one else [as_object(name) for name in names]
+        self._made: list[Path] = []
+        if resume and (begun := _begun(config.output_dir)) is not None:
+            self.path = begun
+            _check_same(begun, values, config.completions_per_step)
+        else:
+            self.path, self._made = _create(config.output_dir, name)
         self._write("config.yaml", yaml.safe_dump(values, sort_keys=False))
         if given:
             self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the last checkpoint that a run can go on from, if there is one."""
+        steps = [s for s in self._checkpoints() if (self._checkpoint(s) / "state").is_dir()]
+        return self._checkpoint(steps[-1]) if steps else None
+
+    def cut(self, step: int) -> None:
+        """Take back what was written of later steps, which come again."""
+        for name in ("metrics", "completions", "rewards", "warnings"):
+            path = self.path / f"{name}.jsonl"
+            if path.exists():
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                aside = path.with_suffix(".partial")
+                aside.unlink(missing_ok=True)
+                append_lines(aside, kept)
+                aside.replace(path)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a step's line to metrics.jsonl."""
@@ -96,14 +132,19 @@ class RunDirectory:
 
     def remove_old_checkpoints(self, limit: int | None) -> None:
         """Delete all but the newest `limit` checkpoints; None: keep all."""
-        if limit is None:
-            return
+        for step in [] if limit is None else self._checkpoints()[:-limit]:
+            # Under another name first: what is half deleted is no checkpoint.
+            path = self._checkpoint(step)
+            shutil.rmtree(path.rename(path.with_name(f".step-{step}.old")))
+
+    def _checkpoints(self) -> list[int]:
+        """Return the steps of which there are checkpoints."""
         folder = self.path / "checkpoints"
         steps = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
-        for step in sorted(int(step) for step in steps if step.isdecimal())[:-limit]:
-            # Under another name first: what is half deleted is no checkpoint.
-            old = (folder / f"step-{step}").rename(folder / f".step-{step}.old")
-            shutil.rmtree(old)
+        return sorted(int(step) for step in steps if step.isdecimal())
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step}"
 
     @property
     def is_bare(self) -> bool:
@@ -116,6 +157,8 @@ class RunDirectory:
         A directory that was there stays. Nothing is raised: why it could not begin is to be told.
         """
         with suppress(OSError):
+            if not self.is_bare:
+                return  # of a run that was to go on
             for name in _GIVEN:
                 (self.path / name).unlink(missing_ok=True)
             if self._made:
@@ -140,6 +183,47 @@ class RunDirectory:
 
     def _write(self, name: str, text: str) -> None:
         (self.path / name).write_text(text, encoding="utf-8")
+
+
+def _begun(output_dir: str | None) -> Path | None:
+    """Return the directory of a run that has begun, if there is one.
+
+    Raises:
+        ValueError: no directory is named.
+    """
+    if output_dir is None:
+        raise ValueError(
+            "output_dir: a run can only be resumed in a directory that has a name; set output_dir"
+        )
+    path = Path(output_dir).expanduser()
+    return path if (path / "config.yaml").is_file() else None
+
+
+def _check_same(path: Path, values: Mapping[str, Any], completions_per_step: int) -> None:
+    """Refuse to go on with a run that was configured in another way.
+
+    Raises:
+        ValueError: names the first key that differs, and both values.
+    """
+    before: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    now: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(values)))
+    for key in before.keys() | now.keys():
+        if key not in _MAY_DIFFER and before.get(key) != now.get(key):
+            raise ValueError(
+                f"{key}: is {now.get(key)!r} now, and {before.get(key)!r} in the run in {path}, "
+                "which is to be resumed; give what it was, or another output_dir for a new run"
+            )
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    processes = 1
+    for size in (before.get("parallel") or {}).values():
+        processes *= size
+    completions = before[sizes[0]] * before[sizes[1]] * processes
+    if completions != completions_per_step:
+        raise ValueError(
+            f"gradient_accumulation_steps: a step of the run in {path} has {completions} "
+            f"completions, from {processes} process{'es' if processes > 1 else ''}, and now it "
+            f"would have {completions_per_step}; change it so that they are as many"
+        )
 
 
 def check_free(output_dir: str | None) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from .config import TrainConfig
 from .data import encode_prompt
+from .distributed import World
 from .metrics import timed
 from .model import Policy
 from .rewards import Completion, Judges, decode_completions
@@ -85,12 +86,14 @@ class Sampler:
         rollout: Rollout,
         judges: Judges,
         rollout_fn: RolloutFunction | None = None,
+        world: World | None = None,
     ) -> None:
         self.config, self.policy, self.rollout, self.judges = config, policy, rollout, judges
+        self.world = world or World()
         self.rollout_fn = rollout_fn
         self.state = TrainerState()
         self._problems: list[str] = []
-        self._logged: list[tuple[dict[str, float], int]] = []
+        self._logged: list[list[tuple[dict[str, float], int]]] = []
         self.sampling = SamplingParams(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -109,7 +112,7 @@ class Sampler:
         sampling: SamplingParams | None = None,
         evaluation: bool = False,
     ) -> list[Sample]:
-        """Sample and judge completions of each prompt.
+        """Sample and judge completions of each prompt: every rank of some, for all to have.
 
         Args:
             rows: columns of the dataset, `prompt` among them.
@@ -119,15 +122,48 @@ class Sampler:
             sampling: None for that of the run.
             evaluation: failures of reward functions are counted apart from those in training.
         """
+        own = self.world.share(len(seeds))
+        part = {name: list(values)[own.start : own.stop] for name, values in rows.items()}
+        mine = self._sample(
+            part,
+            num_generations,
+            [seeds[i] for i in own],
+            times=times,
+            sampling=sampling or self.sampling,
+            evaluation=evaluation,
+        )
+        parts = [mine]
+        if self.world.size > 1:
+            with timed(times, "gather"):  # and wait for the slowest
+                parts = self.world.gather(mine)
+        for _, _, problems in parts:
+            self._problems += problems
+        self._logged.append([(metrics, len(samples)) for samples, metrics, _ in parts])
+        return [sample for samples, _, _ in parts for sample in samples]
+
+    def _sample(
+        self,
+        rows: Mapping[str, list[Any]],
+        num_generations: int,
+        seeds: list[int],
+        *,
+        times: dict[str, float],
+        sampling: SamplingParams,
+        evaluation: bool,
+    ) -> tuple[list[Sample], dict[str, float], list[str]]:
+        """Do a rank's part of `sample`; return what reward functions log and complain of as well.
+
+        It may have no prompt.
+        """
         columns = {
             name: [value for value in values for _ in range(num_generations)]
             for name, values in rows.items()
         }
         prompts = columns.pop("prompt")
-        with timed(times, "generate"):
-            drawn, extra = self._draw(
-                prompts, columns, num_generations, sampling or self.sampling, seeds
-            )
+        with timed(times, "generate"), self.policy.whole():
+            if not prompts:
+                return [], {}, []
+            drawn, extra = self._draw(prompts, columns, num_generations, sampling, seeds)
         with timed(times, "reward"):
             completion_ids = [one.completion_ids for one in drawn]
             texts = decode_completions(prompts, completion_ids, self.policy.tokenizer)
@@ -139,20 +175,19 @@ class Sampler:
                 trainer_state=self.state,
                 evaluation=evaluation,
             )
-        self._problems += scores.problems
-        self._logged.append((scores.metrics, len(drawn)))
         extra |= scores.extra
-        return [
+        samples = [
             Sample(
                 prompt=prompts[i],
                 text=texts[i],
-                drawn=one,
+                drawn=one if self.world.size == 1 else replace(one, logps=one.logps.cpu()),
                 rewards_K=scores.rewards_BK[i],
                 steps_K={k: steps[i] for k, steps in scores.steps.items()},
                 extra={name: values[i] for name, values in extra.items()},
             )
             for i, one in enumerate(drawn)
         ]
+        return samples, scores.metrics, scores.problems
 
     def take_problems(self) -> list[str]:
         """Return what went wrong in reward functions since the last time, a sentence each."""
@@ -162,18 +197,19 @@ class Sampler:
     def take_logged(self) -> dict[str, float]:
         """Return what reward functions have logged since the last time, a mean over completions.
 
-        Their counts of failures are the last there were.
+        Their counts of failures are the last there were, of all ranks together.
         """
         logged, self._logged = self._logged, []
         sums: dict[str, float] = {}
         weights: dict[str, int] = {}
-        for metrics, count in logged:
-            for name, value in metrics.items():
+        for parts in logged:
+            for name in {name for metrics, _ in parts for name in metrics}:
+                found = [(own[name], count) for own, count in parts if name in own]
                 if name.startswith("rewards/"):
-                    sums[name], weights[name] = value, 1
+                    sums[name], weights[name] = sum(value for value, _ in found), 1
                 else:
-                    sums[name] = sums.get(name, 0.0) + value * count
-                    weights[name] = weights.get(name, 0) + count
+                    sums[name] = sums.get(name, 0.0) + sum(value * count for value, count in found)
+                    weights[name] = weights.get(name, 0) + sum(count for _, count in found)
         return {name: total / weights[name] for name, total in sums.items()}
 
     def _draw(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,9 @@ from transformers.utils.import_utils import is_kernels_available
 from .activations import enable_gradient_checkpointing
 from .adapters import add_adapters
 from .assets import Assets
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, resolve_parallel
 from .data import check_prompts
+from .distributed import World, processes_per_machine
 from .loading import computes_in_bf16
 from .model import Policy
 from .rewards import Judges
@@ -29,17 +32,31 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def prepare(config: TrainConfig) -> None:
+def prepare(config: TrainConfig, world: World, *, resume: bool) -> TrainConfig:
     """Set threads and the seed; refuse what would fail only after a large model is loaded.
 
+    Args:
+        config: the run, as it was written.
+        world: its processes.
+        resume: it may have begun.
+
+    Returns:
+        The run with `parallel` as numbers, if it has several processes or asks for sharding.
+
     Raises:
-        ValueError: a package is missing, or the run directory is occupied.
+        ValueError: a package is missing, the run directory is occupied, or an option is not made
+            for so many processes.
     """
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    if world.size > 1 or config.parallel is not None:
+        sizes = resolve_parallel(config.parallel, world.size, processes_per_machine(world))
+        config = replace(config, parallel=sizes)
     set_seed(config.seed)
     check_installed(config)
-    check_free(config.output_dir)
+    if not resume:
+        world.on_main(lambda: check_free(config.output_dir))
+    return config
 
 
 def check_installed(config: TrainConfig) -> None:
@@ -68,14 +85,14 @@ def check_installed(config: TrainConfig) -> None:
 
 
 def load_policy(config: TrainConfig, assets: Assets) -> Policy:
-    """Put the model on the device, with its adapters and switches.
+    """Put the model on the device, or its part of it, with its adapters and switches.
 
     Raises:
         ValueError: the model cannot do what the configuration asks for; says what and what to do.
     """
     model: Any = assets.model  # PEFT's wrapper is none to a type checker
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if next(model.parameters()).device.type != device.type:
+    if config.parallel is None and next(model.parameters()).device.type != device.type:
         model.to(device)
     if config.load_in_4bit and not getattr(model, "is_quantized", False):
         raise ValueError(
@@ -85,12 +102,19 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
         model = add_adapters(model, config)
     if config.disable_dropout:
         disable_dropout(model)
-    policy = Policy(
-        model,
-        assets.tokenizer,
-        bf16=computes_in_bf16(config, device),
-        padding_free=False if _names_a_padded_attention(config) else config.padding_free,
-    )
+    bf16, sharding = computes_in_bf16(config, device), None
+    if config.parallel is not None:
+        from .sharding import Sharding, build_mesh
+
+        sharding = Sharding(model, build_mesh(config.data_size, config.shard_size), bf16=bf16)
+    with nullcontext() if sharding is None else sharding.whole():
+        policy = Policy(
+            model,
+            assets.tokenizer,
+            bf16=bf16,
+            padding_free=False if _names_a_padded_attention(config) else config.padding_free,
+            sharding=sharding,
+        )
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model, offload=config.activation_offloading)
     if config.torch_compile:

@@ -1,7 +1,7 @@
 """The loop: sample, score, compare within the group, fused loss, step, log.
 
-Left out on purpose: several GPUs, asynchronous rollouts, resuming. A run goes from its first step
-to its last on one device.
+Under torchrun every rank runs this loop, and the first one alone writes. Left out on purpose:
+asynchronous rollouts.
 
 P prompts, G completions a prompt, B = P * G completions, K reward functions.
 """
@@ -14,29 +14,18 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .adapters import base_trained
 from .assets import Assets, load_assets
-from .batch import Batch, micro_batches
-from .checkpoint import name_base, save_checkpoint
+from .batch import Batch
+from .checkpoint import begin_checkpoint, finish_checkpoint, name_base, nameless_base
 from .config import TrainConfig, is_due
 from .console import Console
-from .entropy_bonus import EntropyBonus
+from .distributed import join_world
 from .evaluate import Evaluator, evaluator_of
 from .experience import Collector
-from .journal import Journal
-from .loss import (
-    SAMPLING_DIFFERENCE,
-    batch_logps,
-    batch_loss,
-    importance_metrics,
-    sampler_correction,
-    sampling_difference,
-)
-from .metrics import StepMetrics, peak_memory_gib, sequence_means, timed
-from .optim import build_optimizer, clip_gradients
-from .ref_model import Reference
+from .journal import Journal, MuteJournal
+from .learner import Learner
+from .metrics import timed
 from .rollout_fn import RolloutFunction
 from .run_directory import RunDirectory
 from .samples import Sampler
@@ -49,10 +38,11 @@ from .setup import (
     notes,
     prepare,
 )
+from .training_state import can_be_saved, load_state, save_state
 
 
 class Trainer:
-    """GRPO on one device: prompts in, a trained model out."""
+    """GRPO on one device, or on one for each process of torchrun: prompts in, a model out."""
 
     def __init__(
         self,
@@ -63,6 +53,7 @@ class Trainer:
         rollout_fn: RolloutFunction | None = None,
         run_name: str = "train",
         console: Console | None = None,
+        resume: bool = False,
     ) -> None:
         """Load everything, check it, and only then make the run directory.
 
@@ -72,25 +63,34 @@ class Trainer:
             reward_funcs: functions, or reward models, in place of the configuration's names.
             rollout_fn: a function in place of the configuration's name.
             run_name: how a new directory under `runs/` is called.
-            console: where progress is shown.
+            console: where the first process shows progress.
+            resume: go on from the newest checkpoint in `output_dir`, or begin if there is none.
 
         Raises:
             ValueError: something does not exist or does not fit; the message says what to do.
         """
-        prepare(config)
+        self.world = world = join_world()
+        config = prepare(config, world, resume=resume)
         self.config = config
+        if not world.is_main:
+            console = Console.mute()
         console = console or Console(logging_steps=config.logging_steps)
         self.judges = build_judges(config, reward_funcs)
         with ExitStack() as undo:
             undo.callback(self.judges.close)
-            self._build(config, assets or load_assets(config), rollout_fn, console)
+            assets = assets or world.one_by_one(lambda: load_assets(config))
+            self._build(config, assets, rollout_fn, console)
             given = {
                 "reward_funcs": None if reward_funcs is None else self.judges.names,
                 "rollout_fn": getattr(rollout_fn, "__name__", None),
             }
-            self.run = RunDirectory(config, run_name, given)
-            undo.callback(self.run.discard)
-            self.journal = Journal(config, self.run, console, self.judges.names)
+            self.run = world.on_main(lambda: RunDirectory(config, run_name, given, resume=resume))
+            if world.is_main:
+                undo.callback(self.run.discard)
+            journal = Journal if world.is_main else MuteJournal
+            self.journal = journal(config, self.run, console, self.judges.names)
+            if resume:
+                self._resume()
             undo.pop_all()  # nothing has gone wrong
 
     def _build(
@@ -109,17 +109,38 @@ class Trainer:
             build_rollout(config, self.policy, console.message),
             self.judges,
             build_rollout_fn(config, rollout_fn),
+            self.world,
         )
         check_datasets(config, assets, self.sampler)
-        self.reference = Reference(self.policy, config) if config.loss.beta > 0 else None
         self.collector = Collector(config, self.sampler, self.train_dataset)
         self.test = evaluator_of(config, self.sampler, assets.test_dataset)
         self.num_steps = config.num_steps(len(self.train_dataset))
         self.epoch = config.steps_per_epoch(len(self.train_dataset))
-        self.optimizer, self.scheduler = build_optimizer(self.policy.model, config, self.num_steps)
-        self.entropy_bonus = EntropyBonus(config)
+        self.learner = Learner(config, self.policy, self.world, self.num_steps)
         self.sampler.state.max_steps = self.num_steps
-        self.tokens_seen = 0
+        self.step = self.tokens_seen = 0
+        self.before: dict[str, float] = {}
+        self.waiting: list[Batch] = []
+        self.generation_metrics: dict[str, float] = {}
+
+    def _resume(self) -> None:
+        """Go back to the newest checkpoint, or to before the first step if there is none.
+
+        Raises:
+            ValueError: of this optimizer there are none.
+        """
+        if not can_be_saved(self.learner):
+            raise ValueError(
+                f"resume: a run with optim: {self.config.optim} and the like keeps no state to go "
+                "on from; begin it again in another output_dir"
+            )
+        checkpoint = self.world.on_main(self.run.newest_checkpoint)
+        if checkpoint is not None:
+            load_state(checkpoint / "state", self)
+        step = self.step if checkpoint is not None else -1  # also what was said before the first
+        self.world.on_main(lambda: self.run.cut(step))
+        if checkpoint is not None:
+            self.journal.console.message(f"resumed after step {self.step}: {checkpoint}")
 
     def train(self) -> dict[str, Any]:
         """Run all steps and return what `summary.json` holds."""
@@ -127,27 +148,41 @@ class Trainer:
         with closing(self.judges), journal, journal.console:
             for note in notes(config, self.policy):
                 journal.console.message(note)
-            self.warm_start()
-            name_base(self.run.path / "base", self.policy.model, self.policy.tokenizer)
-            before = self.test_accuracy("before")
+            if self.step == 0:
+                self.begin()
             journal.console.phase("train", self.num_steps)
-            if config.eval_on_start and self.test is not None:
+            if config.eval_on_start and self.test is not None and self.step == 0:
                 journal.step({"step": 0} | self.test.metrics(), fresh=False)
-            step = 0
-            while step < self.num_steps:
+            while self.step < self.num_steps:
                 times: dict[str, float] = {}
-                batches, metrics = self.collect(step + 1, times)
-                # Each batch of the generation once, then all of them again.
-                for batch in batches * config.num_iterations:
-                    if step == self.num_steps:
-                        break
-                    step += 1
-                    self.finish_step(step, batch, metrics | self.optimise(batch, times), times)
-                    times = {}
+                if not self.waiting:
+                    batches, self.generation_metrics = self.collect(self.step + 1, times)
+                    # Each batch of the generation once, then all of them again.
+                    self.waiting = batches * config.num_iterations
+                batch = self.waiting.pop(0)
+                metrics = self.generation_metrics | self.optimise(batch, times)
+                self.step += 1
+                self.finish_step(self.step, batch, metrics, times)
             self.save(self.run.path / "final")
             after = self.test_accuracy("after")
             facts = {"steps": self.num_steps, "num_tokens": self.tokens_seen}
-            return journal.finish(before, after, **facts, seconds=time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            return self.world.on_main(
+                lambda: journal.finish(self.before, after, **facts, seconds=seconds)
+            )
+
+    def begin(self) -> None:
+        """Do what comes before the first step of a run that is not resumed."""
+        self.warm_start()
+        self.keep_base()
+        self.before = self.test_accuracy("before")
+
+    def keep_base(self) -> None:
+        """Save what adapters were put on, if there is no name to load it by."""
+        policy, base = self.policy, nameless_base(self.policy.model)
+        if base is not None:
+            path, parameters = self.run.path / "base", policy.state_dict(base)
+            self.world.on_main(lambda: name_base(path, policy.model, policy.tokenizer, parameters))
 
     def finish_step(
         self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
@@ -155,8 +190,8 @@ class Trainer:
         """Do what follows an optimisation step: measure, log, save."""
         config = self.config
         self.sampler.state.global_step = step
-        if self.reference is not None:
-            self.reference.sync(step)
+        if self.learner.reference is not None:
+            self.learner.reference.sync(step)
         every, last = config.eval_steps or config.logging_steps, step == self.num_steps
         measures = is_due(config.eval_strategy, every, step, self.epoch)
         measures |= last and config.eval_strategy != "no"  # as in transformers, where the last
@@ -166,7 +201,8 @@ class Trainer:
             metrics = metrics | self.test.metrics()
         self.log(step, batch, metrics, times)
         if saves:
-            self.save(self.run.path / "checkpoints" / f"step-{step}")
+            state = can_be_saved(self.learner)
+            self.save(self.run.path / "checkpoints" / f"step-{step}", state=state)
             self.run.remove_old_checkpoints(config.save_total_limit)
 
     def warm_start(self) -> None:
@@ -182,8 +218,8 @@ class Trainer:
                 on_step=lambda step, loss: console.step({"step": step, "loss": loss}),
             )
         console.message(f"warm start: {steps} supervised steps")
-        if self.reference is not None:  # GRPO's start, not the untrained model
-            self.reference.renew()
+        if self.learner.reference is not None:  # GRPO's start, not the untrained model
+            self.learner.reference.renew()
 
     def collect(self, step: int, times: dict[str, float]) -> tuple[list[Batch], dict[str, float]]:
         """Sample and score completions; return the batch of each optimisation step, and metrics."""
@@ -191,87 +227,20 @@ class Trainer:
         parts = config.optimizer_steps_per_generation
         found = self.collector.collect(config.prompts_per_step * parts, times)
         with timed(times, "logps"):
-            self.add_logps(found.batch)
+            is_policy = self.sampler.rollout.is_policy
+            differences = self.learner.add_logps(found.batch, is_policy=is_policy)
         self.tokens_seen += found.num_tokens
         serves = range(step, step + parts * config.num_iterations)
         logged = any(s == 1 or s % config.logging_steps == 0 for s in serves)
         self.journal.generation(step, found, logged=logged)
         size = config.completions_per_step
         batches = [found.batch.select(range(i * size, (i + 1) * size)) for i in range(parts)]
-        seen = [row for rows in self.passes(found.batch) for row in rows]
-        return batches, found.metrics | importance_metrics(found.batch, seen)
-
-    def passes(self, batch: Batch) -> list[list[int]]:
-        """Return the sequences of each forward and backward pass of a batch."""
-        config = self.config
-        rows = list(range(len(batch)))
-        # Means and quantiles of a micro-batch depend on all that is in it.
-        whole = config.loss.loss_type == "bnpo" or config.top_entropy_quantile < 1
-        if config.filter_zero_advantages and not (whole or config.use_adaptive_entropy):
-            rows = batch.contributing(config.loss)
-        passes = micro_batches(
-            [batch.lengths[i] for i in rows],
-            size=config.per_device_train_batch_size,
-            max_tokens=config.max_tokens_per_microbatch,
-            padded=not self.policy.packed,
-        )
-        return [[rows[i] for i in each] for each in passes]
-
-    def add_logps(self, batch: Batch) -> None:
-        """Add the log-probs the loss will need beside the policy's own, as far as it will."""
-        config, temperature = self.config, self.config.temperature
-        moves = config.optimizer_steps_per_generation > 1
-        is_policy = self.sampler.rollout.is_policy
-        if moves or not is_policy:
-            batch.old_logps = batch_logps(self.policy, batch, self.passes(batch), temperature)
-        if not is_policy and config.vllm_importance_sampling_correction:
-            batch.importance_weights = sampler_correction(batch, config)
-        if self.reference is not None:
-            with self.reference.ready() as reference:
-                batch.ref_logps = batch_logps(reference, batch, self.passes(batch), temperature)
+        return batches, found.metrics | differences
 
     def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
-        """Take one optimisation step on a batch, a micro-batch at a time."""
-        config, model, loss = self.config, self.policy.model, self.entropy_bonus.loss
-        totals = StepMetrics(sequence_means(loss))
-        totals.add({"loss": 0.0, **dict.fromkeys(SAMPLING_DIFFERENCE, 0.0)}, weight=0)  # no signal
-        with timed(times, "train"), self.policy.packing():
-            model.train()
-            self.optimizer.zero_grad()  # also of what came before, a warm start for example
-            passes = self.passes(batch)
-            share = 1 / len(passes) if config.loss.loss_type == "bnpo" else 1.0
-            keep = config.num_iterations > 1 and batch.old_logps is None
-            logps = torch.zeros_like(batch.sampling_logps)
-            for rows in passes:
-                micro = batch.select(rows)
-                output = batch_loss(
-                    self.policy, micro, loss, batch, options=config, num_passes=len(passes)
-                )
-                part = output.loss * share
-                part.backward()
-                if keep:
-                    index = batch.tokens_of(rows).to(logps.device, non_blocking=True)
-                    logps[index] = output.logps
-                report = {"loss": part, **sampling_difference(output.logps, micro)}
-                totals.add(output.metrics | report, weight=micro.num_completion_tokens)
-            if not passes:  # a gradient of 0, which AdamW's momentum outlives, is not no gradient
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.grad = torch.zeros_like(parameter)
-            if keep:
-                batch.old_logps = logps  # the policy as it was, at no cost
-            grad_norm = clip_gradients(model, config.max_grad_norm)
-            learning_rate = float(self.scheduler.get_last_lr()[0])
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()  # frees the gradients while sampling
-        sequences = {"num_sequences": len(batch), "num_computed_sequences": sum(map(len, passes))}
-        rates = {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        metrics = totals.result()
-        self.entropy_bonus.update(metrics.get("entropy"))
-        if config.use_adaptive_entropy:
-            rates["entropy_coef"] = self.entropy_bonus.coefficient
-        return metrics | sequences | rates
+        """Take one optimisation step on a batch; return its metrics."""
+        with timed(times, "train"):
+            return self.learner.optimise(batch)
 
     def log(
         self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
@@ -282,7 +251,6 @@ class Trainer:
         metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
         metrics |= {f"time/{name}": value for name, value in times.items()}
         metrics["tokens_per_second"] = batch.num_completion_tokens / seconds
-        metrics["memory/peak_gib"] = peak_memory_gib(self.policy.device)
         self.journal.step(metrics, fresh="generate" in times)
 
     def test_accuracy(self, when: str) -> dict[str, float]:
@@ -294,6 +262,20 @@ class Trainer:
         self.journal.warn(self.sampler.state.global_step, *self.sampler.take_problems())
         return found
 
-    def save(self, path: Path) -> None:
-        """Write a Hugging Face checkpoint."""
-        save_checkpoint(path, self.policy.model, self.policy.tokenizer)
+    def save(self, path: Path, *, state: bool = False) -> None:
+        """Write a Hugging Face checkpoint.
+
+        Args:
+            path: its directory.
+            state: with what the run needs to go on from it.
+        """
+        policy, world = self.policy, self.world
+        aside = world.on_main(lambda: begin_checkpoint(path))
+        if state:
+            save_state(aside / "state", self)
+        parameters = policy.state_dict(policy.model)
+        world.on_main(
+            lambda: finish_checkpoint(
+                path, aside, policy.model, policy.tokenizer, state_dict=parameters
+            )
+        )

@@ -294,7 +294,7 @@ def test_a_run_from_a_file_learns_to_call(taught, tmp_path):
         named = trainer.policy.model.named_parameters()
         steps.append({name: p.grad.cpu() for name, p in named})
 
-    trainer.optimizer.register_step_pre_hook(keep_gradients)
+    trainer.learner.optimizer.register_step_pre_hook(keep_gradients)
     trainer.train()
 
     metrics = lines(tmp_path / "run" / "metrics.jsonl")

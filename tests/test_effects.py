@@ -107,7 +107,7 @@ EFFECTIVE = {
     "per_device_eval_batch_size",  # `fastgrpo eval` reads it, whatever is measured in training
     *("eval_strategy", "save_strategy", "per_device_train_batch_size", "cpu_threads", "seed"),
     *("gradient_accumulation_steps", "max_tokens_per_microbatch", "filter_zero_advantages"),
-    *("steps_per_generation", "num_iterations", "max_steps"),
+    *("parallel", "steps_per_generation", "num_iterations", "max_steps"),
 }
 
 

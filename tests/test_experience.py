@@ -93,7 +93,7 @@ def test_the_log_probs_of_the_first_iteration_are_the_old_ones_of_the_second(sta
 
     trainer = start(num_iterations=2)
     (batch,), _ = trainer.collect(1, {})
-    expected = batch_logps(trainer.policy, batch, trainer.passes(batch), 1.0)
+    expected = batch_logps(trainer.policy, batch, trainer.learner.passes(batch).of(0), 1.0)
     trainer.optimise(batch, {})
     torch.testing.assert_close(batch.old_logps, expected, atol=1e-6, rtol=0)
 
@@ -136,6 +136,7 @@ def test_a_sampler_with_other_weights_is_noticed(start, capsys):
 def as_if_by_vllm(trainer, shift, **values):
     """Let another sampler draw, with options that are for vLLM, which need not be installed."""
     trainer.config = replace(trainer.config, use_vllm=True, **values)
+    trainer.learner.config = trainer.config
     trainer.sampler.rollout = Elsewhere(trainer.sampler.rollout, shift)
 
 

@@ -46,7 +46,7 @@ def compare(trainer, batch, loss):
     model = trainer.policy.model
     expected = gradient(loss, model)
     grads = {}
-    trainer.optimizer.register_step_pre_hook(
+    trainer.learner.optimizer.register_step_pre_hook(
         lambda *_: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
     )
     found = trainer.optimise(batch, {})
@@ -73,8 +73,8 @@ def test_truncated_completions_are_left_out_of_loss_and_denominators(start):
     mask = batch.mask.double()
     loss = -(mask * batch.advantages * (logps - logps.detach()).exp()).sum() / mask.sum()
     compare(trainer, batch, loss)
-    assert trainer.passes(batch)
-    assert all(i % 2 == 0 for rows in trainer.passes(batch) for i in rows)
+    assert trainer.learner.passes(batch).of(0)
+    assert all(i % 2 == 0 for rows in trainer.learner.passes(batch).of(0) for i in rows)
 
 
 def test_sequences_far_off_the_policy_are_left_out_of_the_policy_term(start):
@@ -111,7 +111,7 @@ def test_sequences_far_off_the_policy_are_left_out_of_the_policy_term(start):
 def test_only_tokens_of_the_highest_entropy_have_a_policy_term_and_a_bonus(start):
     trainer = start(top_entropy_quantile=0.3, entropy_coef=0.2, max_grad_norm=0.0)
     (batch,), _ = trainer.collect(1, {})
-    passes = trainer.passes(batch)
+    passes = trainer.learner.passes(batch).of(0)
     assert sorted(row for rows in passes for row in rows) == list(range(32))  # none is left out
     losses, kept = [], 0
     for rows in passes:

@@ -94,7 +94,7 @@ def train_step(trainer):
         torch.ones(count),
         device="cpu",
     )
-    if trainer.reference is not None:
+    if trainer.learner.reference is not None:
         batch.ref_logps = torch.zeros_like(batch.sampling_logps)
     return lambda: trainer.optimise(batch, {})
 
@@ -186,7 +186,7 @@ def test_log_probs_take_what_was_planned(tmp_path, values):
         torch.ones(count),
         device="cpu",
     )
-    measured = allocated(lambda: trainer.add_logps(batch))
+    measured = allocated(lambda: trainer.learner.add_logps(batch))
     plan = planner(family).plan(trainer.config)
     planned = beyond(plan, "log-probs", "weights", "optimizer", "reference")
     assert planned == pytest.approx(measured, rel=0.02)

@@ -110,7 +110,7 @@ def test_the_reference_is_where_the_run_began_and_the_kl_grows_from_0(tmp_path, 
     assert kl[0] == pytest.approx(0, abs=1e-9)
     assert kl[0] < kl[1] < kl[3]
     start = AutoModelForCausalLM.from_pretrained(model).state_dict()
-    for name, value in trainer.reference.frozen.model.state_dict().items():
+    for name, value in trainer.learner.reference.frozen.model.state_dict().items():
         assert torch.equal(value, start[name])
 
 

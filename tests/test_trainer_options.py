@@ -135,7 +135,7 @@ def test_one_line_chooses_how_parameters_are_held_and_updated_and_all_learn(
 ):
     letter_e = [f"{tmp_path}/my_rewards.py:letter_e"]
     trainer = start(reward_funcs=letter_e, learning_rate=1e-2, max_steps=14, **option)
-    assert type(trainer.optimizer).__name__ == optimizer
+    assert type(trainer.learner.optimizer).__name__ == optimizer
     assert {p.dtype for p in trainer.policy.model.parameters()} == {dtype}
     trainer.train()
     rewards = [m["reward"] for m in lines(trainer.run.path / "metrics.jsonl")]
@@ -158,7 +158,7 @@ def test_a_reference_that_follows_is_where_its_formula_says(start):
 
     trainer.optimise = remember
     trainer.train()
-    for name, value in trainer.reference.frozen.model.named_parameters():
+    for name, value in trainer.learner.reference.frozen.model.named_parameters():
         expected = 0.25 * policies[1][name] + 0.75 * first[name]
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
 

@@ -6,6 +6,7 @@ from .file import config_from as config_from
 from .file import load_config as load_config
 from .file import suggestion as suggestion
 from .output import is_due as is_due
+from .parallel import resolve_parallel as resolve_parallel
 from .train import LOSS_KEYS as LOSS_KEYS
 from .train import EvalConfig as EvalConfig
 from .train import TrainConfig as TrainConfig

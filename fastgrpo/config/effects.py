@@ -279,7 +279,7 @@ OF_TRAINING = _keys(
     gradient_checkpointing activation_offloading offload_ref_model sync_ref_model
     ref_model_mixup_alpha ref_model_sync_steps
 
-    filter_zero_advantages steps_per_generation num_iterations max_steps num_train_epochs
+    parallel filter_zero_advantages steps_per_generation num_iterations max_steps num_train_epochs
     shuffle_dataset
     warm_start_accuracy dynamic_sampling max_resample_rounds vllm_importance_sampling_correction
     vllm_importance_sampling_mode vllm_importance_sampling_clip_max

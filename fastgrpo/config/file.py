@@ -184,8 +184,14 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        return _convert(value, hint)
+        first, *others = (a for a in arguments if a is not type(None))
+        if others and isinstance(value, dict):  # a word, or pairs
+            return _convert(value, *others)
+        try:
+            return _convert(value, first)
+        except ConfigError as error:
+            pairs = ", or `key: value` pairs" if others else ""
+            raise ConfigError(str(error).replace(", got", f"{pairs}, got", 1)) from None
     if origin is Literal:
         if value is False and "no" in arguments:
             return "no"  # YAML reads a bare no as false

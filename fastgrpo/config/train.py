@@ -18,6 +18,7 @@ from .loss import LossOptions
 from .model import ModelOptions
 from .optim import OptimOptions
 from .output import OutputOptions
+from .parallel import ParallelOptions
 from .rewards import RewardOptions
 from .rollout import RolloutOptions
 
@@ -25,6 +26,7 @@ from .rollout import RolloutOptions
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(  # the fields of the last come first in config.yaml
     OutputOptions,
+    ParallelOptions,
     OptimOptions,
     LossOptions,
     RewardOptions,
@@ -41,7 +43,8 @@ class TrainConfig(  # the fields of the last come first in config.yaml
     per_device_train_batch_size: int = 8
     """Completions in one forward and backward pass, unless max_tokens_per_microbatch is set."""
     gradient_accumulation_steps: int = 1
-    """Passes per optimisation step; the step has the product of both in completions."""
+    """Passes per optimisation step; the step has the product of both, times the processes, in
+    completions."""
     max_tokens_per_microbatch: int | None = None
     """Tokens, prompts included, in one forward and backward pass: the step's completions are packed
     into as few passes as that allows. None: per_device_train_batch_size completions in each."""
@@ -95,8 +98,10 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         problems += self.loss_problems(entropy_coef=self.loss.entropy_coef)
         problems += self.optim_problems(dtype=self.dtype, use_peft=self.use_peft)
         problems += self.output_problems()
+        problems += self.parallel_problems()
         problems += self._batch_problems()
         problems += self._vllm_problems()
+        problems += self._sharding_problems()
         values = self.flat()
         for key, need in without_effect(values, DEFAULTS, self.EFFECTIVE):
             if not need.refused_later:
@@ -127,7 +132,8 @@ class TrainConfig(  # the fields of the last come first in config.yaml
             yield f"max_steps: must be 1 or more, or -1, got {self.max_steps}"
         if self.num_generations > 1 and self.completions_per_step % self.num_generations:
             yield (
-                f"per_device_train_batch_size: times gradient_accumulation_steps is "
+                f"per_device_train_batch_size: times gradient_accumulation_steps "
+                f"{f'and {self.num_processes} processes ' if self.num_processes > 1 else ''}is "
                 f"{self.completions_per_step} completions, which num_generations = "
                 f"{self.num_generations} does not divide: groups would be torn"
             )
@@ -172,6 +178,25 @@ class TrainConfig(  # the fields of the last come first in config.yaml
                 "token_truncate or token_mask"
             )
 
+    def _sharding_problems(self) -> Iterator[str]:
+        if self.parallel is None:
+            return
+        bitsandbytes = self.optim not in ("adamw_torch_fused", "adamw_torch_8bit")
+        for key, used, remedy in (
+            ("use_vllm", self.use_vllm, "leave it out: every process samples with the own engine"),
+            ("load_in_4bit", self.load_in_4bit, "write dtype: bfloat16, which is sharded"),
+            ("optim", bitsandbytes, "write adamw_torch_8bit, whose states are sharded"),
+            (
+                "bf16_updates",
+                self.bf16_updates is not None,
+                "write dtype: float32, with bf16: true",
+            ),
+            ("offload_optimizer", self.offload_optimizer, "leave it out: its states are sharded"),
+            ("torch_compile", self.torch_compile, "leave it out"),
+        ):
+            if used:
+                yield f"{key}: is for one process, and not with parallel; {remedy}"
+
     @property
     def test_split(self) -> str | None:
         """Split of the dataset that is measured, if any."""
@@ -199,9 +224,14 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         )
 
     @property
-    def completions_per_step(self) -> int:
-        """Completions of one optimisation step."""
+    def completions_per_process(self) -> int:
+        """Completions of one optimisation step, for each process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def completions_per_step(self) -> int:
+        """Completions of one optimisation step, of all processes together."""
+        return self.completions_per_process * self.num_processes
 
     @property
     def prompts_per_step(self) -> int:

@@ -20,7 +20,7 @@ INSTEAD: dict[str, str] = {
         # The machine.
         (
             "fsdp fsdp_config deepspeed accelerator_config parallelism_config num_processes",
-            "a run is on one GPU; leave it out",
+            "start the run with torchrun, and write parallel: {data: N, shard: M} or leave it out",
         ),
         ("use_cpu no_cuda", "put CUDA_VISIBLE_DEVICES= in front of the command instead"),
         ("env", "set these variables in front of the command"),

@@ -1,0 +1,158 @@
+"""Several processes that share a run: who they are, and what they tell each other.
+
+Every rank holds the whole batch of a step and runs its own part of the passes; what is decided from
+the batch (advantages, denominators, who runs what) is decided by each rank in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(hours=2)
+"""For the slowest rank to sample and judge its completions. A rank that has died is no matter of
+this: torchrun ends the others at once."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; by default this one alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Return this rank's part of so many things; parts differ by one at most."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order; all call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank alone; what it returns or raises, all ranks do."""
+        if self.size == 1:
+            return function()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def one_by_one(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank of each machine, and then on the others.
+
+        So that what is downloaded is downloaded once.
+        """
+        if self.size == 1:
+            return function()
+        first = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+        result = function() if first else None
+        self.gather(None)
+        return result if first else function()  # pyright: ignore[reportReturnType]
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Add the tensors of all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+
+def join_world() -> World:
+    """Join the processes that torchrun has started; without it, this process is the world.
+
+    Raises:
+        ValueError: torchrun has started more processes on this machine than it has GPUs.
+    """
+    if not dist.is_initialized():
+        if not dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return World()
+        backend = "gloo"
+        if torch.cuda.is_available():
+            local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= there:
+                raise ValueError(
+                    f"torchrun has started process {local + 1} on a machine with {there} "
+                    f"GPU{'s' if there > 1 else ''}: lower --nproc-per-node to {there}"
+                )
+            torch.cuda.set_device(local)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def leave_world() -> None:
+    """Leave in peace; a rank that fails just ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def processes_per_machine(world: World) -> int:
+    """Return the processes that torchrun has started on each machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
+def is_first_to_fail(world: World) -> bool:
+    """Say, once a rank fails, whether no other has failed before: the others fail for its sake."""
+    if world.size == 1:
+        return True
+    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+    try:
+        return store.add("fastgrpo/failures", 1) == 1
+    except (RuntimeError, dist.DistError):  # torchrun itself has gone
+        return False
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Say whether a collective has failed because another process is no longer there."""
+    told = str(error)
+    return isinstance(error, dist.DistError) or any(
+        words in told for words in ("Connection closed by peer", "Connection reset by peer")
+    )
+
+
+def is_restarted() -> bool:
+    """Say whether torchrun has started these processes again, after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def deal(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Divide sequences among ranks: the longest first, in turns that go to and fro.
+
+    Ranks get as many sequences as each other, or one more, and about as many tokens.
+
+    Args:
+        lengths: tokens of each sequence.
+        size: the ranks.
+
+    Returns:
+        The sequences of each rank, by their place in `lengths`.
+    """
+    hands: list[list[int]] = [[] for _ in range(size)]
+    for turn, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        there, place = divmod(turn, size)
+        hands[place if there % 2 == 0 else size - 1 - place].append(i)
+    return [sorted(hand) for hand in hands]
