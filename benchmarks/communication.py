@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastgrpo.config import config_from
 from fastgrpo.console import Console
 from fastgrpo.loading import load_from
-from fastgrpo.memory.fake_model import build_fake, layers_of
+from fastgrpo.memory.fake_model import build_fake
 from fastgrpo.memory.plan import GIB
 
 from .facts import number
@@ -102,13 +103,16 @@ def parameter_groups(architecture: PreTrainedConfig, step: Step) -> Groups:
     """Return the parameters of a model as FSDP2 groups them; tied ones are there once.
 
     Raises:
-        ValueError: the model has no list of layers, or takes no adapters.
+        ValueError: the model has no layers that transformers marks as such, or takes no adapters.
     """
     adapters = {} if step.lora_r is None else {"use_peft": True, "lora_r": step.lora_r}
     frozen_in_bf16 = {"dtype": "bfloat16"} if adapters and step.bf16 else {}
     config = config_from({"model_name_or_path": "given", **adapters, **frozen_in_bf16})
     model = build_fake(architecture, config, bf16=step.bf16)
-    layers = [list(layer.parameters()) for layer in layers_of(model)]
+    marked = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    layers = [list(layer.parameters()) for layer in marked]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers to shard, so it runs on one GPU")
     inside = {id(parameter) for layer in layers for parameter in layer}
     return Groups(layers, [p for p in model.parameters() if id(p) not in inside])
 
@@ -143,9 +147,11 @@ def collectives(groups: Groups, step: Step) -> list[Collective]:
         return Collective(what, "reduce-scatter", shard, count, FP32)
 
     further = ["old log-probs"] * step.old_logps + ["log-probs of the reference"] * step.beta
+    # A reference that is a copy takes the policy's place: what is gathered is so anew.
+    copied = step.beta and step.lora_r is None
     return [
         gather("sampling: everything", layers + root),
-        *(gather(what, passes * layers + root) for what in further),
+        *(gather(what, passes * layers + copied * root) for what in further),
         gather("embeddings and head, once", root),
         gather("layers, forward", passes * layers),
         gather("layers, backward", passes * layers),
@@ -158,9 +164,9 @@ def collectives(groups: Groups, step: Step) -> list[Collective]:
 def memory(groups: Groups, step: Step) -> dict[str, int]:
     """Return the bytes that a rank holds, by what; all but the last while training.
 
-    FSDP2 gathers a layer while the one before it is computed, so two are whole at once, and in
-    backward the gradient of one, as it is computed and in fp32. A piece that is all of a model is
-    copied for that too.
+    Of layers there are at most, in forward, the one that computes and what the next one and the one
+    before came in; in backward, two of these, and the gradient of one, as it is computed and in
+    fp32. A piece that is all of a model is copied for that too.
     """
     shard, size = step.shard, step.gathered_bytes
     pieces = sum(elements([p], shard) * p.element_size() for p in groups.all) // shard
@@ -173,15 +179,17 @@ def memory(groups: Groups, step: Step) -> dict[str, int]:
         max(elements(layer, shard, trained=trained) for layer in groups.layers)
         for trained in (False, True)
     )
-    training["two layers, whole, one with gradient"] = 2 * size * layer + (size + FP32) * gradient
+    training["layers at work, with gradient"] = max(
+        3 * size * layer, 2 * size * layer + (size + FP32) * gradient
+    )
     root, gradient = (elements(groups.root, shard, trained=trained) for trained in (False, True))
-    training["embeddings and head, whole, with gradient"] = size * root + FP32 * gradient
+    training["embeddings and head, with gradient"] = size * root + FP32 * gradient
     sampling = size * elements(groups.all, shard)
     return {
         **held,
         **training,
         "together in training": sum(held.values()) + sum(training.values()),
-        "the whole model, while sampling": sampling,
+        "the whole model while sampling": sampling,
         "together while sampling": sum(held.values()) + sampling,
     }
 
@@ -194,7 +202,7 @@ def traffic_table(
     Args:
         groups: of the model.
         steps: a column each.
-        bandwidth: GB/s that a GPU sends within its copy, and to other copies; None: no seconds.
+        bandwidth: GB/s that a GPU sends within its copy, and between copies; None: no seconds.
     """
     found = [collectives(groups, step) for step in steps]
     rows = [
@@ -294,7 +302,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         nargs=2,
         metavar=("WITHIN", "BETWEEN"),
-        help="GB/s that a GPU sends within its copy and to other copies, for seconds",
+        help="GB/s of a GPU in collectives within a copy and between copies (the bus bandwidth of "
+        "nccl-tests), for the seconds these take",
     )
     add("--markdown", action="store_true", help="print the tables of fastgrpo/PARALLEL.md")
     return parser
