@@ -7,7 +7,7 @@
 MODEL is a directory with a `config.json`, that file, or a name on the Hub. The model is made on the
 device `meta`, so any architecture of transformers is known, and nothing but the file is loaded.
 Bytes follow from the shapes of the parameters, and from what `fastgrpo.sharding` gathers and
-reduces when; `tests/test_communication.py` holds the elements of every collective to those that
+reduces when; `tests/test_traffic.py` holds the elements of every collective to those that
 FSDP2 moves. Left out, because they come from the tokens and not from the model: the sampled
 sequences that ranks exchange, log-probs summed over ranks, activations, the KV cache. Left out as
 well: single numbers, such as the norm of the gradient.
