@@ -13,7 +13,6 @@ from transformers import GPTNeoXJapaneseConfig, Qwen3Config
 from benchmarks import communication
 from benchmarks.communication import Step
 
-ROOT = Path(__file__).parents[1]
 L, H, V = 3, 8, 37  # 37 rows: pieces of 2, 4 and 8 are padded
 
 
@@ -27,7 +26,7 @@ def architecture(*, tie: bool) -> Qwen3Config:
 
 # q, o: 8 x 8; k, v: 4 x 8; gate, up: 12 x 8; down: 8 x 12; norms: 8, 8 and, of q and k, 4, 4.
 LAYER = 2 * 64 + 2 * 32 + 3 * 96 + 2 * 8 + 2 * 4
-UNTIED, TIED = 2 * V * H + H, V * H + H
+UNTIED = 2 * V * H + H
 ADAPTER_ROWS = (
     2 * (8 + 8) + 2 * (4 + 8) + 2 * (12 + 8) + (8 + 12)
 )  # of all linear layers, at rank 1
