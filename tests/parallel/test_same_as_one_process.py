@@ -1,0 +1,104 @@
+"""Several processes take the very steps of one: loss, metrics, gradients, weights.
+
+The one is a trainer that is not sharded, in this process, on the same batches. Both add the same
+numbers in fp32 in different orders: a pass has other sequences, and FSDP2 adds the parts of ranks.
+Such roundings are some units in the last place, 6e-8 of what is added. Bars are 3 to 5 times the
+largest difference that any case has shown; a sequence that is lost or counted twice, or a mean of
+means, differs by 1e-3 and more.
+
+- Metrics, norms and the loss: 1e-5, of sums that cancel to about 0.1 or more, after up to 8 steps.
+- Log-probs: 3e-6 where they are about 5, six units in their last place.
+- Weights: 1e-6, a ten-thousandth of what AdamW moves them by in a step.
+- Means of gradients and of their squares: 5e-5 of the largest in the parameter.
+
+Where products are in bf16, autocast rounds at other places than FSDP2's mixed precision does (norms
+and residuals are fp32 for the one, bf16 for the other): the same things to 8 bits, 4e-3, of the
+largest, and of gradients, which sum many such roundings, to a fifth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import end, popen
+from step_cases import ALL, Case, run
+
+RANKS = Path(__file__).parent / "ranks.py"
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="both sides of the comparison are computed on the CPU"
+)
+
+
+def compare(directory: Path, size: int, *jobs: str) -> None:
+    """Run the cases of some groups by so many processes, and those of each by one meanwhile."""
+    several = popen(size, RANKS, *jobs, directory)
+    try:
+        wanted = {
+            f"{group}/{name}": run(case, directory / "one" / group / name)
+            for group in {job.partition(":")[0] for job in jobs}
+            for name, case in ALL[group].items()
+        }
+        out, err = several.communicate(timeout=900)
+    finally:
+        end(several)
+    assert several.returncode == 0, out + err
+    for job in jobs:
+        group = job.partition(":")[0]
+        for name, case in ALL[group].items():
+            found = torch.load(directory / f"{job} {name}.pt")
+            problems = list(differences(case, found, wanted[f"{group}/{name}"]))
+            assert not problems, "\n".join([f"{job} {name}", *problems])
+
+
+def differences(case: Case, found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    """Yield what is not the same, in words."""
+    rough = case.bf16
+    for i, (ours, theirs) in enumerate(zip(found["steps"], wanted["steps"], strict=True), 1):
+        if ours.keys() - theirs.keys() != {"parallel/imbalance"} or theirs.keys() - ours.keys():
+            yield f"step {i} has {sorted(ours.keys() ^ theirs.keys())} for one of them only"
+        if not 1 <= ours["parallel/imbalance"] <= 4:
+            yield f"step {i}: the imbalance is {ours['parallel/imbalance']}"
+        for name in theirs.keys() - {"memory/peak_gib"}:
+            if not near(ours[name], theirs[name], 1e-2 if rough else 1e-5):
+                yield f"step {i}: {name} is {ours[name]}, not {theirs[name]}"
+    for i, (ours, theirs) in enumerate(zip(found["logps"], wanted["logps"], strict=True)):
+        if (ours is None) != (theirs is None):
+            yield f"log-probs {i} are there for one of them only"
+        elif ours is not None and (error := (ours - theirs).abs().max()) > (0.1 if rough else 3e-6):
+            yield f"log-probs {i} differ by {error}"
+    for what in ("weights", "moments"):
+        if found[what].keys() != wanted[what].keys():
+            yield f"{what}: {sorted(found[what].keys() ^ wanted[what].keys())} for one of them only"
+        for name, theirs in wanted[what].items():
+            error = float((found[what][name] - theirs).abs().max())
+            if what == "weights":
+                bar = 1e-2 if rough else 1e-6
+            else:
+                bar = (0.2 if rough else 5e-5) * float(theirs.abs().max())
+            if not error <= bar:
+                yield f"{what} of {name} differ by {error}, more than {bar}"
+
+
+def near(found: float, wanted: float, bar: float) -> bool:
+    """Say whether two numbers are the same but for roundings; NaN and infinity exactly."""
+    if math.isfinite(wanted):
+        return abs(found - wanted) <= bar * (abs(wanted) + 0.1)
+    return found == wanted or (math.isnan(found) and math.isnan(wanted))
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    compare(tmp_path, 2, "essential:1x2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "mesh"), [(1, "1x1"), (2, "1x2"), (2, "2x1"), (4, "1x4"), (4, "2x2"), (4, "4x1")]
+)
+def test_every_case_on_every_mesh(tmp_path: Path, size: int, mesh: str) -> None:
+    compare(tmp_path, size, *(f"{group}:{mesh}" for group in ALL))
