@@ -88,6 +88,10 @@ def pages(root: Path) -> dict[str, str]:
             "memory-24gib": _largest_batch(results),
             "loss-cpu": _loss(results, "cpu"),
         },
+        "fastgrpo/PARALLEL.md": {
+            "parallel-gpu": _parallel(results, "gpu"),
+            "parallel-cpu": _parallel(results, "cpu"),
+        },
     }
     return {name: filled(name, _read(root / name), texts) for name, texts in blocks.items()}
 
@@ -152,6 +156,15 @@ def _short_cell(run: Run) -> list | None:
     return next(
         (cell for cell in full if cell[0]["dtype"] == "bfloat16"), full[0] if full else None
     )
+
+
+def _parallel(results: Path, kind: str) -> str:
+    """Return what sharding costs, on GPUs or on a CPU."""
+    run = newest(results, f"parallel_{kind}")
+    if run is None:
+        return "Not measured yet."
+    source = tables.provenance(run).replace("](results/", "](../benchmarks/results/")
+    return f"{tables.ways(run)}\n\n{source}"
 
 
 def _loss(results: Path, where: str) -> str:

@@ -105,6 +105,23 @@ def largest(run: Run, gib: float, what: str, keys: tuple[str, ...], title: str) 
     return parts
 
 
+def ways(run: Run) -> str:
+    """Return a run of `benchmarks.parallel`: what each way of sharing a step costs."""
+    base = run["records"][0]
+    columns = ["way", ">processes", ">s a step", ">over plain"]
+    columns += [">sampling the whole model, s", ">over plain", ">sampling the pieces, s"]
+    rows = []
+    for record in run["records"]:
+        row = [record["way"], str(record["processes"])]
+        for what in ("seconds_step", "seconds_whole"):
+            median = record[what][1]
+            row += [number(median), number(median / base[what][1])]
+        rows.append(
+            [*row, number(record["seconds_pieces"][1]) if "seconds_pieces" in record else ""]
+        )
+    return table(columns, rows)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; a column whose name begins with > stands on the right."""
     lines = [[name.removeprefix(">") for name in columns]]

@@ -57,7 +57,8 @@ NAIVE = record("naive", "naive", rounds=[20.0, 60.0, 44.0], peak_extra_bytes=8 *
 def site(tmp_path: Path) -> Path:
     """Return the root of a project with our pages and no run."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for name in ("README.md", "benchmarks/README.md"):
+    (tmp_path / "fastgrpo").mkdir()
+    for name in ("README.md", "benchmarks/README.md", "fastgrpo/PARALLEL.md"):
         shutil.copy(report.ROOT / name, tmp_path / name)
     report.main([], tmp_path)
     return tmp_path
@@ -349,3 +350,20 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 def test_words_of_others_do_not_become_markup() -> None:
     assert escaped("a|b\n`c` *d* [e](f) <!-- g") == r"a\|b \`c\` \*d\* \[e\](f) \<!-- g"
     assert device(run()) == "Abacus, 2 threads"
+
+
+def test_what_sharding_costs(site: Path) -> None:
+    plain = {
+        "way": "plain",
+        "processes": 1,
+        "seconds_step": [1, 2.0, 3],
+        "seconds_whole": [1, 4.0, 9],
+    }
+    copied = plain | {"way": "copied", "processes": 2, "seconds_step": [1, 3.0, 9]}
+    copied |= {"seconds_whole": [1, 2.0, 2], "seconds_pieces": [6, 7.0, 8]}
+    commit(site, "parallel_cpu_1", run(plain, copied))
+    text = report.pages(site)["fastgrpo/PARALLEL.md"]
+    assert row(text, "plain", "1") == ["plain", "1", "2.00", "1.00", "4.00", "1.00", ""]
+    assert row(text, "copied", "2") == ["copied", "2", "3.00", "1.50", "2.00", "0.50", "7.00"]
+    assert "[parallel_cpu_1.json](../benchmarks/results/parallel_cpu_1.json)" in text
+    assert "On GPUs:\n\n<!-- parallel-gpu -->\n\nNot measured yet." in text

@@ -5,19 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import signal
 import sys
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .readable import plain
-
-if TYPE_CHECKING:
-    from .distributed import World
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 the run failed, 2 wrong input and nothing written, 130 interrupted.
     """
-    parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO on one GPU.")
+    parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO, on one GPU or several.")
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser(
         "train",
@@ -97,9 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return evaluate(options, overrides)
         if options.command == "report":
             return report(options.run, options.out)
+        from .train_command import train
+
         return train(options.config, overrides, resume=options.resume == "auto")
     except KeyboardInterrupt:
-        _complain("interrupted before anything was written")
+        complain("interrupted before anything was written")
         return 130
 
 
@@ -119,7 +114,7 @@ def _as_overrides(unknown: Sequence[str], arguments: Sequence[str]) -> str:
     return f"; keys of the configuration are written {' '.join(said)}" if said else ""
 
 
-def _complain(error: Exception | str, *more: str) -> None:
+def complain(error: BaseException | str, *more: str) -> None:
     """Say what is wrong; of texts that others wrote only what a terminal does not obey."""
     print(f"fastgrpo: {plain(str(error))}", *more, sep="\n", file=sys.stderr)
 
@@ -178,87 +173,6 @@ def _whole_numbers(text: str) -> list[int]:
         ) from None
 
 
-def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
-    """Train as a file and overrides say; errors that are the user's to mend are one sentence."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"fastgrpo: loading {config_file}", file=sys.stderr, flush=True)
-    # Imported here, where an impatient Ctrl-C is caught: they take seconds.
-    from .distributed import is_restarted, join_world, leave_world
-
-    try:
-        world = join_world()
-    except ValueError as error:
-        _complain(error)
-        return 2
-    if not world.is_main and signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to tidy up, and no time to lose
-    status = _train(config_file, overrides, world, resume=resume or is_restarted())
-    if world.size > 1 and status:
-        sys.stderr.flush()
-        os._exit(status)  # the others are waiting for this one, and it must not wait for them
-    leave_world()
-    return status
-
-
-def _train(config_file: str, overrides: Sequence[str], world: World, *, resume: bool) -> int:
-    """Do what `train` says, as one of several processes; the first to fail says why."""
-    from torch import OutOfMemoryError
-
-    from .config import load_config
-    from .distributed import is_first_to_fail, lost_peer
-    from .rewards import RewardError
-    from .rollout_fn import RolloutError
-    from .trainer import Trainer
-
-    def complain(error: Exception | str, *more: str) -> None:
-        if is_first_to_fail(world):
-            _complain(f"{'' if world.size == 1 else f'rank {world.rank}: '}{error}", *more)
-
-    try:
-        with warnings.catch_warnings(record=True) as told:
-            config = load_config(config_file, overrides)
-        trainer = Trainer(config, run_name=Path(config_file).stem, resume=resume)
-    except (ValueError, OSError, ImportError) as error:
-        complain(error)
-        return 2
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        complain(error)
-        return 1
-    for text in dict.fromkeys(str(each.message) for each in told):
-        trainer.journal.warn(0, f"warning: {text}")
-    try:
-        trainer.train()
-    except (RewardError, RolloutError, FloatingPointError) as error:
-        complain(error, _place(trainer.run.path))
-        return 1
-    except OutOfMemoryError as error:
-        advice = (
-            f"`fastgrpo plan {config_file}` says what takes memory, and which line of the "
-            "configuration would save most"
-        )
-        complain(error, advice, _place(trainer.run.path))
-        return 1
-    except KeyboardInterrupt:
-        complain("interrupted", _place(trainer.run.path))
-        return 130
-    except Exception as error:
-        if world.size == 1:
-            # Before the traceback of what is nobody's input.
-            print(_place(trainer.run.path), file=sys.stderr)
-            raise
-        complain(error if lost_peer(error) else traceback.format_exc(), _place(trainer.run.path))
-        return 1
-    return 0
-
-
-def _place(run: Path) -> str:
-    """Say where a run is that has ended; one without a step has left nothing."""
-    left = run.is_dir() and any(run.iterdir())
-    return f"run directory: {run}" if left else "nothing was written"
-
-
 def plan(
     config_file: str, overrides: Sequence[str], gpu_memory: str | None, prompt_length: int | None
 ) -> int:
@@ -271,7 +185,7 @@ def plan(
         config = load_config(config_file, overrides)
         print_plan(config, gpu_memory=gpu_memory, prompt_length=prompt_length)
     except (ValueError, OSError, ImportError) as error:
-        _complain(error)
+        complain(error)
         return 2
     return 0
 
@@ -292,20 +206,20 @@ def evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         asked = evaluation.EvalOptions(**{name: getattr(options, name) for name in names})
         evaluation.evaluate(options.run, asked, overrides)
     except (RewardError, RolloutError) as error:
-        _complain(error)
+        complain(error)
         return 1
     except OutOfMemoryError as error:
         advice = (
             "max_generation_batch_size=16, or another number, bounds the completions that are "
             "sampled at once"
         )
-        _complain(error, advice)
+        complain(error, advice)
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return 130
     except (ValueError, OSError, ImportError) as error:
-        _complain(error)
+        complain(error)
         return 2
     return 0
 
@@ -317,6 +231,6 @@ def report(run: str, out: str | None) -> int:
 
         print(write_report(Path(run), None if out is None else Path(out)))
     except (ValueError, OSError, ImportError) as error:
-        _complain(error)
+        complain(error)
         return 2
     return 0

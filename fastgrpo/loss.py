@@ -111,16 +111,18 @@ def batch_logps(
     Args:
         policy: the model, or the reference.
         batch: the completions.
-        passes: the sequences of each forward pass; those in none get 0.
+        passes: the sequences of each forward pass; those in none get 0. One without sequences runs
+            for the sake of other ranks.
         temperature: divides the logits.
     """
     policy.model.eval()  # as when sampling: no dropout
     logps_N = torch.zeros_like(batch.sampling_logps)
     for rows in passes:
-        micro = batch.select(rows)
+        micro = batch.select(rows) if rows else batch.without_effect()
         with policy.packing(), policy.autocast():
             logps, _ = _statistics(policy, policy.hidden_states(micro), micro, temperature)
-        logps_N[batch.tokens_of(rows).to(logps_N.device, non_blocking=True)] = logps
+        if rows:
+            logps_N[batch.tokens_of(rows).to(logps_N.device, non_blocking=True)] = logps
     return logps_N
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import set_seed
+from transformers.utils import logging
 from transformers.utils.import_utils import is_kernels_available
 
 from .activations import enable_gradient_checkpointing
@@ -52,6 +53,11 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> TrainConfig:
     if world.size > 1 or config.parallel is not None:
         sizes = resolve_parallel(config.parallel, world.size, processes_per_machine(world))
         config = replace(config, parallel=sizes)
+    if not world.is_main:  # those of the first process are enough
+        import datasets
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
     set_seed(config.seed)
     check_installed(config)
     if not resume:

@@ -203,7 +203,7 @@ class Trainer:
         if saves:
             state = can_be_saved(self.learner)
             self.save(self.run.path / "checkpoints" / f"step-{step}", state=state)
-            self.run.remove_old_checkpoints(config.save_total_limit)
+            self.world.on_main(lambda: self.run.remove_old_checkpoints(config.save_total_limit))
 
     def warm_start(self) -> None:
         """Teach the untrained model of a task until GRPO has something to reinforce."""

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,11 @@ def print_plan(
     if prompt_length is not None and prompt_length < 1:
         raise ValueError(f"--prompt-length: must be at least 1, got {prompt_length}")
     console = console or Console()
+    if config.parallel is not None:
+        console.message(
+            "note: planned as for one process; what parallel changes is in fastgrpo/PARALLEL.md"
+        )
+        config = replace(config, parallel=None)
     device = planned_device(gpu_memory)
     architecture, length, told = _load_inputs(config, prompt_length)
     planner = Planner(architecture, device, length)
