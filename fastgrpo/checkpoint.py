@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+T = TypeVar("T")
 
 
 def save_checkpoint(
@@ -48,7 +49,11 @@ def finish_checkpoint(
     with _no_progress_bar():  # it would tear the live display
         model.save_pretrained(aside, **options)
     tokenizer.save_pretrained(aside)
-    os.replace(aside, path)
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():  # of a run that goes on from before it
+        path.replace(old)
+    aside.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def nameless_base(model: Any) -> PreTrainedModel | None:
@@ -74,14 +79,23 @@ def name_base(
         state: the parameters of the base, if it does not hold them whole itself.
     """
     base = nameless_base(model)
-    if base is None:
-        return
-    own = {
+    if base is not None:
+        own = without_adapters(state or base.state_dict())
+        save_checkpoint(path, base, tokenizer, state_dict=own)
+        point_to_base(path, model)
+
+
+def without_adapters(state: Mapping[str, T]) -> dict[str, T]:
+    """Return the parameters below adapters, by the names that they have without these."""
+    return {
         name.replace(".base_layer.", "."): value
-        for name, value in (state or base.state_dict()).items()
+        for name, value in state.items()
         if ".lora_" not in name
     }
-    save_checkpoint(path, base, tokenizer, state_dict=own)
+
+
+def point_to_base(path: Path, model: Any) -> None:
+    """Let checkpoints of adapters say that what they were put on is in `path`."""
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = str(path.resolve())
 

@@ -6,10 +6,13 @@ the batch (advantages, denominators, who runs what) is decided by each rank in t
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +24,10 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(hours=2)
 """For the slowest rank to sample and judge its completions. A rank that has died is no matter of
 this: torchrun ends the others at once."""
+_LOST = (  # of Gloo and of NCCL
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    "remote process exited",
+)
 
 
 @dataclass(frozen=True)
@@ -90,18 +97,27 @@ def join_world() -> World:
     if not dist.is_initialized():
         if not dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return World()
-        backend = "gloo"
-        if torch.cuda.is_available():
-            local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-            if local >= there:
-                raise ValueError(
-                    f"torchrun has started process {local + 1} on a machine with {there} "
-                    f"GPU{'s' if there > 1 else ''}: lower --nproc-per-node to {there}"
-                )
-            torch.cuda.set_device(local)
-            backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size())
+        on_gpu = torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+        if on_gpu:
+            _take_gpu()
+    return joined_world()
+
+
+def joined_world() -> World:
+    """Return the processes that have been joined, this one alone if there are no others."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
+def _take_gpu() -> None:
+    """Compute on the GPU of this process, which has one for itself."""
+    there, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > there:
+        raise ValueError(
+            f"torchrun has started {processes} processes on a machine with {there} "
+            f"GPU{'s' if there > 1 else ''}: lower --nproc-per-node to {there}"
+        )
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def leave_world() -> None:
@@ -115,28 +131,51 @@ def processes_per_machine(world: World) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
-def is_first_to_fail(world: World) -> bool:
-    """Say, once a rank fails, whether no other has failed before: the others fail for its sake."""
-    if world.size == 1:
+def is_first_to_fail() -> bool:
+    """Say, once this process fails, whether no other has before: the others fail for its sake."""
+    if not dist.is_initialized():
         return True
-    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
     try:
-        return store.add("fastgrpo/failures", 1) == 1
+        return _store().add("fastgrpo/failures", 1) == 1
     except (RuntimeError, dist.DistError):  # torchrun itself has gone
-        return False
+        return dist.get_rank() == 0
+
+
+def record_failure(text: str) -> None:
+    """Tell torchrun what has ended this process, for its summary."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        failure = {"message": text, "timestamp": int(time.time())}
+        Path(path).write_text(json.dumps(failure), encoding="utf-8")
 
 
 def lost_peer(error: BaseException) -> bool:
     """Say whether a collective has failed because another process is no longer there."""
-    told = str(error)
-    return isinstance(error, dist.DistError) or any(
-        words in told for words in ("Connection closed by peer", "Connection reset by peer")
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+
+
+def note_begun() -> None:
+    """Let processes that torchrun starts in place of these know that the run had begun."""
+    if dist.is_initialized():
+        _store(of_all_attempts=True).set("fastgrpo/begun", "yes")
 
 
 def is_restarted() -> bool:
-    """Say whether torchrun has started these processes again, after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Say whether torchrun has started these processes again, after the run had begun.
+
+    If it had not, what is in its directory is another run's.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not dist.is_initialized():
+        return False
+    return _store(of_all_attempts=True).check(["fastgrpo/begun"])
+
+
+def _store(*, of_all_attempts: bool = False) -> Any:
+    """Return what processes share through torchrun: keys are those of one attempt, or of all."""
+    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+    while of_all_attempts and hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
 
 
 def deal(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,10 @@ _MAY_DIFFER = frozenset(
     {
         *("parallel", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("max_tokens_per_microbatch", "max_generation_batch_size", "per_device_eval_batch_size"),
-        *("output_dir", "cpu_threads", "logging_steps", "save_total_limit", "report_to", "project"),
+        *("gradient_checkpointing", "activation_offloading", "offload_ref_model", "torch_compile"),
+        *("cuda_graph", "cpu_threads", "reward_timeout"),
+        *("save_strategy", "save_steps", "save_only_model", "save_total_limit", "logging_steps"),
+        *("num_completions_to_log", "output_dir", "report_to", "project", "run_name"),
     }
 )
 """Options of a resumed run that change how it is computed or shown, not what."""
@@ -74,6 +78,11 @@ class RunDirectory:
         if given:
             self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
 
+    @property
+    def base(self) -> Path:
+        """Where what adapters were put on is kept, if it has no name to load it by."""
+        return self.path / "base"
+
     def newest_checkpoint(self) -> Path | None:
         """Return the last checkpoint that a run can go on from, if there is one."""
         steps = [s for s in self._checkpoints() if (self._checkpoint(s) / "state").is_dir()]
@@ -84,11 +93,15 @@ class RunDirectory:
         for name in ("metrics", "completions", "rewards", "warnings"):
             path = self.path / f"{name}.jsonl"
             if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] <= step]
+                # What has no end was being written as the process died.
+                whole = [line for line in path.open("rb") if line.endswith(b"\n")]
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
                 aside = path.with_suffix(".partial")
-                aside.unlink(missing_ok=True)
-                append_lines(aside, kept)
+                aside.write_bytes(b"".join(kept))
                 aside.replace(path)
+                if name == "rewards":
+                    for line in kept:
+                        self._grade(next(iter(json.loads(line)["rewards"].values())))
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a step's line to metrics.jsonl."""
@@ -121,10 +134,13 @@ class RunDirectory:
         """Append the rewards of all completions of a generation to rewards.jsonl."""
         columns = torch.stack([sample.rewards_K for sample in found.samples]).T.tolist()
         rewards = dict(zip(reward_names, columns, strict=True))
-        self.graded |= any(value not in (0, 1) for value in columns[0] if not math.isnan(value))
+        self._grade(None if math.isnan(value) else value for value in columns[0])
         advantages = [advantage.mean() for advantage in found.advantages]
         line = {"step": step, "rewards": rewards, "advantages": advantages}
         append_lines(self.path / "rewards.jsonl", [line])
+
+    def _grade(self, rewards: Iterable[float | None]) -> None:
+        self.graded |= any(value not in (0, 1, None) for value in rewards)
 
     def add_warning(self, step: int, text: str) -> None:
         """Append a warning to warnings.jsonl."""
@@ -207,22 +223,36 @@ def _check_same(path: Path, values: Mapping[str, Any], completions_per_step: int
     """
     before: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     now: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(values)))
-    for key in before.keys() | now.keys():
-        if key not in _MAY_DIFFER and before.get(key) != now.get(key):
+    may_differ = _MAY_DIFFER
+    if now["loss_type"] == "bnpo" or now["top_entropy_quantile"] < 1:  # means over micro-batches
+        may_differ = may_differ - {"per_device_train_batch_size"}
+    for key in [*now, *(before.keys() - now.keys())]:
+        if key not in may_differ and before.get(key) != now.get(key):
             raise ValueError(
                 f"{key}: is {now.get(key)!r} now, and {before.get(key)!r} in the run in {path}, "
                 "which is to be resumed; give what it was, or another output_dir for a new run"
             )
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    processes = 1
-    for size in (before.get("parallel") or {}).values():
-        processes *= size
+    processes = math.prod((before.get("parallel") or {}).values())
     completions = before[sizes[0]] * before[sizes[1]] * processes
     if completions != completions_per_step:
         raise ValueError(
             f"gradient_accumulation_steps: a step of the run in {path} has {completions} "
             f"completions, from {processes} process{'es' if processes > 1 else ''}, and now it "
             f"would have {completions_per_step}; change it so that they are as many"
+        )
+
+
+def check_restarts(output_dir: str | None) -> None:
+    """Refuse a run without a named directory that torchrun would start again.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if output_dir is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ValueError(
+            "output_dir: with --max-restarts torchrun starts a run again that has failed, which "
+            "goes on in a directory that has a name; set output_dir, or leave --max-restarts out"
         )
 
 

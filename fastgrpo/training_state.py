@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from .batch import Batch
+from .checkpoint import nameless_base, point_to_base, without_adapters
 from .learner import Learner
 
 if TYPE_CHECKING:
@@ -55,6 +56,23 @@ def load_tensors(path: Path, learner: Learner) -> None:
     reader = HuggingFaceStorageReader(str(path))
     with _alone() as no_dist:
         load(_tensors(learner), storage_reader=reader, no_dist=no_dist)
+
+
+def load_base(path: Path, model: Any) -> None:
+    """Take back what adapters were put on, if it has no name; all ranks call it.
+
+    Args:
+        path: where `keep_base` has left it.
+        model: with adapters, or without.
+    """
+    base = nameless_base(model)
+    if base is None:
+        return
+    named = {name: p.detach() for name, p in base.named_parameters()}
+    with _alone() as no_dist:
+        reader = HuggingFaceStorageReader(str(path))
+        load(without_adapters(named), storage_reader=reader, no_dist=no_dist)
+    point_to_base(path, model)
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+"""`fastgrpo train`, in one process or in each of those that torchrun has started.
+
+Of what fails one process tells, once: the first to fail, whose failure ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from .cli import complain
+
+_PEER_LOST = (
+    "another process of the run is gone, and the others end with it; what torchrun says below "
+    "names it and how it ended, and --resume auto goes on from the last checkpoint"
+)
+_TERMINATED = (
+    "interrupted by torchrun, which was told to end, or has lost another process: what it says "
+    "below names that one"
+)
+
+
+def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
+    """Train as a file and overrides say, and return the exit status, as `cli.main` does.
+
+    Errors that are the user's to mend are one sentence.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastgrpo: loading {config_file}", file=sys.stderr, flush=True)
+    else:  # has nothing to tidy up, and the first process tells of an interrupt
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+    # Imported here, where an impatient Ctrl-C is caught: they take seconds.
+    from .config import load_config
+    from .distributed import is_restarted, join_world, leave_world, note_begun
+    from .run_directory import check_restarts
+    from .trainer import Trainer
+
+    trainer = None
+    try:
+        if join_world().size > 1:
+            _tell_of_sigterm()
+        with warnings.catch_warnings(record=True) as told:
+            config = load_config(config_file, overrides)
+        check_restarts(config.output_dir)
+        resume = resume or is_restarted()
+        trainer = Trainer(config, run_name=Path(config_file).stem, resume=resume)
+        note_begun()
+        for text in dict.fromkeys(str(each.message) for each in told):
+            trainer.journal.warn(0, f"warning: {text}")
+        trainer.train()
+    except (Exception, KeyboardInterrupt) as error:
+        return _fail(error, config_file, None if trainer is None else trainer.run.path)
+    leave_world()
+    return 0
+
+
+def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | None) -> int:
+    """Tell of what has ended a run, if no other process has failed before; return the status.
+
+    Args:
+        error: it.
+        config_file: of the run.
+        run: its directory; None: it has not begun.
+    """
+    from .distributed import is_first_to_fail, joined_world, leave_world, record_failure
+
+    world = joined_world()
+    if world.size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may keep it from being told
+    status, text = _outcome(error, begun=run is not None)
+    lines = [] if run is None else [_place(run)]
+    if text is None and world.size == 1:
+        # Before the traceback of what is nobody's input.
+        print(*lines, sep="\n", file=sys.stderr)
+        raise error
+    if isinstance(error, _out_of_memory()):
+        lines.insert(
+            0,
+            f"`fastgrpo plan {config_file}` says what takes memory, and which line of the "
+            "configuration would save most",
+        )
+    if is_first_to_fail():
+        text = "".join(traceback.format_exception(error)) if text is None else text
+        text = text if world.size == 1 else f"rank {world.rank}: {text}"
+        complain(text, *lines)
+        record_failure(text)
+    if world.size > 1:
+        sys.stderr.flush()
+        os._exit(status)  # the others are waiting for this one, and it must not wait for them
+    leave_world()
+    return status
+
+
+def _outcome(error: Exception | KeyboardInterrupt, *, begun: bool) -> tuple[int, str | None]:
+    """Return the exit status and what to say; None: the traceback."""
+    from .distributed import lost_peer
+    from .rewards import RewardError
+    from .rollout_fn import RolloutError
+
+    if isinstance(error, KeyboardInterrupt):
+        return 130, str(error) or "interrupted" + ("" if begun else " before anything was written")
+    if lost_peer(error):
+        return 1, _PEER_LOST
+    if not begun and isinstance(error, ValueError | OSError | ImportError):
+        return 2, str(error)
+    theirs = (RewardError, RolloutError, FloatingPointError, _out_of_memory())
+    return 1, str(error) if isinstance(error, theirs) else None
+
+
+def _out_of_memory() -> type[Exception]:
+    from torch import OutOfMemoryError
+
+    return OutOfMemoryError
+
+
+def _tell_of_sigterm() -> None:
+    """Say of SIGTERM what it means under torchrun, where it is what the first process gets."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(_TERMINATED)
+
+    if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def _place(run: Path) -> str:
+    """Say where a run is that has ended; one without a step has left nothing."""
+    left = run.is_dir() and any(run.iterdir())
+    return f"run directory: {run}" if left else "nothing was written"
