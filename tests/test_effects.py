@@ -86,6 +86,7 @@ EFFECTS = {
     "eval_steps": (7, {"eval_strategy": "epoch"}, {"eval_strategy": "steps"}),
     "max_eval_samples": (7, {"dataset_name": "d"}, {"dataset_test_split": "test"}),
     "save_steps": (7, {"save_strategy": "epoch"}, {}),
+    "save_only_model": (True, {"save_strategy": "no"}, {"save_strategy": "epoch"}),
     "save_total_limit": (7, {"save_strategy": "no"}, {"save_strategy": "epoch"}),
     "project": ("p", {"report_to": ["tensorboard"]}, {"report_to": ["tensorboard", "trackio"]}),
 }

@@ -197,7 +197,7 @@ def test_code_that_comes_with_a_model_is_run_only_if_it_is_trusted(start, tmp_pa
 
 def test_the_optimizer_gets_its_options(start):
     options = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.3}
-    matrices, vectors = start(learning_rate=2e-3, **options).optimizer.param_groups
+    matrices, vectors = start(learning_rate=2e-3, **options).learner.optimizer.param_groups
     for group, decay in ((matrices, 0.3), (vectors, 0.0)):
         assert group["lr"] == 2e-3
         assert group["betas"] == (0.8, 0.95)

@@ -59,7 +59,7 @@ NO_BEARING = set(
     hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_bias_buffers
     include_num_input_tokens_seen length_column_name local_rank log_level log_level_replica
     log_multimodal log_on_each_node logging_first_step logging_nan_inf_filter save_on_each_node
-    save_only_model skip_memory_metrics use_cache vllm_group_port vllm_server_host
+    skip_memory_metrics use_cache vllm_group_port vllm_server_host
     vllm_server_port vllm_server_timeout""".split()  # noqa: SIM905
 )
 

@@ -250,7 +250,7 @@ NEEDS = (
         "write save_strategy: steps",
     ),
     _need(
-        "save_total_limit",
+        "save_total_limit save_only_model",
         "save_strategy",
         lambda o: o.save_strategy != "no",
         "write save_strategy: steps, or epoch",
@@ -286,7 +286,7 @@ OF_TRAINING = _keys(
     vllm_importance_sampling_clip_min
 
     run_name report_to project num_completions_to_log eval_steps eval_on_start save_strategy
-    save_steps save_total_limit output_dir"""
+    save_steps save_only_model save_total_limit output_dir"""
 )
 """What `fastgrpo eval` has no use for. Not among these is what others are checked against, such as
 bf16_updates, which dtype needs, and max_tokens_per_microbatch, which bounds completions."""

@@ -49,6 +49,8 @@ class OutputOptions:
     """Write checkpoints every `save_steps`, once an epoch, or only the final one."""
     save_steps: int = 500
     """Optimisation steps between two checkpoints, of the strategy `steps`."""
+    save_only_model: bool = False
+    """Leave out of checkpoints what a run needs to go on from them: three quarters of it all."""
     save_total_limit: int | None = None
     """Checkpoints that are kept; older ones are deleted when another is complete."""
 

@@ -126,7 +126,7 @@ INSTEAD: dict[str, str] = {
         ("enable_jit_checkpoint", "checkpoints are written at save_steps; leave it out"),
         (
             "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
-            "give the checkpoint to a new run as model_name_or_path",
+            "write --resume auto after the command, which goes on in output_dir; leave it out",
         ),
         (
             "push_to_hub push_to_hub_revision overwrite_hub_revision",
@@ -169,7 +169,7 @@ NO_BEARING = _keys(
     "hub_revision "
     # What is told and written in any case.
     "log_level logging_first_step logging_nan_inf_filter log_multimodal disable_tqdm "
-    "skip_memory_metrics include_num_input_tokens_seen save_only_model save_safetensors "
+    "skip_memory_metrics include_num_input_tokens_seen save_safetensors "
     # A fused loss there is in any case; a directory in use is refused in any case.
     "use_liger_loss overwrite_output_dir do_train use_cache"
 )
