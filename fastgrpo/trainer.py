@@ -14,6 +14,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .adapters import base_trained
 from .assets import Assets, load_assets
 from .batch import Batch
@@ -26,6 +28,7 @@ from .experience import Collector
 from .journal import Journal, MuteJournal
 from .learner import Learner
 from .metrics import timed
+from .prompt_order import hashed_seed
 from .rollout_fn import RolloutFunction
 from .run_directory import RunDirectory
 from .samples import Sampler
@@ -38,7 +41,7 @@ from .setup import (
     notes,
     prepare,
 )
-from .training_state import can_be_saved, load_state, save_state
+from .training_state import can_be_saved, load_base, load_state, save_state
 
 
 class Trainer:
@@ -136,6 +139,7 @@ class Trainer:
             )
         checkpoint = self.world.on_main(self.run.newest_checkpoint)
         if checkpoint is not None:
+            load_base(self.run.base, self.policy.model)
             load_state(checkpoint / "state", self)
         step = self.step if checkpoint is not None else -1  # also what was said before the first
         self.world.on_main(lambda: self.run.cut(step))
@@ -181,7 +185,7 @@ class Trainer:
         """Save what adapters were put on, if there is no name to load it by."""
         policy, base = self.policy, nameless_base(self.policy.model)
         if base is not None:
-            path, parameters = self.run.path / "base", policy.state_dict(base)
+            path, parameters = self.run.base, policy.state_dict(base)
             self.world.on_main(lambda: name_base(path, policy.model, policy.tokenizer, parameters))
 
     def finish_step(
@@ -201,7 +205,7 @@ class Trainer:
             metrics = metrics | self.test.metrics()
         self.log(step, batch, metrics, times)
         if saves:
-            state = can_be_saved(self.learner)
+            state = can_be_saved(self.learner) and not config.save_only_model
             self.save(self.run.path / "checkpoints" / f"step-{step}", state=state)
             self.world.on_main(lambda: self.run.remove_old_checkpoints(config.save_total_limit))
 
@@ -239,6 +243,8 @@ class Trainer:
 
     def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
         """Take one optimisation step on a batch; return its metrics."""
+        # Dropout depends on no other step, so that a run can be resumed.
+        torch.manual_seed(hashed_seed("train", self.config.seed, self.step, self.world.rank))
         with timed(times, "train"):
             return self.learner.optimise(batch)
 
