@@ -85,8 +85,8 @@ class Reference:
     @contextmanager
     def _in_place(self) -> Generator[None]:
         """Have the reference's values in the policy's place for a while."""
-        own, kept = _own_parts(self.policy), [part.clone() for part in _own_parts(self.policy)]
-        self.policy.reshard()
+        own = _own_parts(self.policy)
+        kept = [part.clone() for part in own]
         try:
             for there, part in zip(own, self._parts, strict=True):
                 there.copy_(part, non_blocking=True)
@@ -99,6 +99,7 @@ class Reference:
 
 def _own_parts(policy: Policy) -> list[Tensor]:
     """Return this process's part of each parameter, all of it if the policy is not sharded."""
+    policy.reshard()  # the parts are what stays, and what is gathered is not
     parameters = [parameter.detach() for parameter in policy.model.parameters()]
     return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
