@@ -55,8 +55,10 @@ class Case:
     frozen_head: bool = False
     kind: str = "unequal"
     """Of the batches, see `completions`."""
+    generations: int = 2
+    """How many."""
     bf16: bool = False
-    """Products are in bf16, so that their roundings differ; see `assert_same`."""
+    """One process that is not sharded rounds products to bf16 at other places."""
 
 
 def grpo(**options: Any) -> dict[str, Any]:
@@ -164,12 +166,19 @@ STEPS = {
     "three completions, quantile": Case({"top_entropy_quantile": 0.5}, kind="few"),
     "three completions": Case({"filter_zero_advantages": False}, kind="few"),
 }
+# The passes of bnpo are the same for any number of processes, and so are their roundings to bf16.
+MIXED = {
+    "untied": Case({"bf16": True, "loss_type": "bnpo"}, generations=1),
+    "tied": Case({"bf16": True, "loss_type": "bnpo"}, tie=True, generations=1),
+    "lora": Case({"bf16": True, "loss_type": "bnpo", "use_peft": True}, generations=1),
+}
 ALL = {
     "essential": ESSENTIAL,
     "losses": LOSSES,
     "references": REFERENCES,
     "models": MODELS,
     "steps": STEPS,
+    "mixed": MIXED,
 }
 
 
@@ -270,8 +279,13 @@ def steps_of(case: Case, size: int) -> dict[str, Any]:
     return options
 
 
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    state = trainer.policy.state_dict(trainer.policy.model)
+    return {name: x.clone() for name, x in state.items()}
+
+
 def run(case: Case, directory: Path, mesh: Any = None, size: int = 1) -> dict[str, Any]:
-    """Learn from two generations; return metrics and norms of each step, and what was learnt.
+    """Learn from some generations; return metrics and norms of each step, and what was learnt.
 
     All ranks call it; tensors are whole, and only those of the first rank are there.
     """
@@ -280,7 +294,8 @@ def run(case: Case, directory: Path, mesh: Any = None, size: int = 1) -> dict[st
     parts = config.optimizer_steps_per_generation
     steps: list[dict[str, float]] = []
     logps: list[Tensor | None] = []
-    for generation in (1, 2):
+    start = weights(trainer)
+    for generation in range(1, case.generations + 1):
         found = completions(case.kind, generation, len(policy.tokenizer), B * parts)
         learner.add_logps(found)
         logps += [found.old_logps, found.ref_logps]
@@ -300,7 +315,7 @@ def run(case: Case, directory: Path, mesh: Any = None, size: int = 1) -> dict[st
     return {
         "steps": steps,
         "logps": logps,
-        "weights": {name: x.clone() for name, x in policy.state_dict(policy.model).items()},
+        "moved": {name: x - start[name] for name, x in weights(trainer).items()},
         "moments": {
             name: x.clone()
             for name, x in moments.items()
