@@ -8,9 +8,10 @@ the processes that share a copy of the model, and once per step between copies.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +30,23 @@ def build_mesh(data: int, shard: int) -> DeviceMesh:
     """Return the mesh of all processes: copies of the model times parts of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(device, (data, shard), mesh_dim_names=("data", "shard"))
+
+
+class _Hook(NamedTuple):
+    """What a module calls around its forward pass."""
+
+    place: OrderedDict[int, Any]
+    key: int
+    function: Any
+    before_forward: bool
+
+
+def _hooks_of(module: Any) -> list[_Hook]:
+    return [
+        _Hook(place, key, function, before)
+        for place, before in ((module._forward_pre_hooks, True), (module._forward_hooks, False))
+        for key, function in place.items()
+    ]
 
 
 class Sharding:
@@ -60,9 +78,11 @@ class Sharding:
             options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
-        for layer in layers:
-            fully_shard(layer, reshard_after_forward=True, **options)
-        fully_shard(self._root, reshard_after_forward=False, **options)
+        self._hooks: list[_Hook] = []
+        for group in (*layers, self._root):
+            before = {hook.key for hook in _hooks_of(group)}
+            fully_shard(group, reshard_after_forward=group is not self._root, **options)
+            self._hooks += [hook for hook in _hooks_of(group) if hook.key not in before]
         self._groups = [m for m in self._root.modules() if isinstance(m, FSDPModule)]
         self._depth = 0
         # Calls of these gather the root's group, as calls of the model do; without an argument
@@ -100,21 +120,25 @@ class Sharding:
     def whole(self) -> Generator[None]:
         """Gather all parameters and hold them, for many forward passes without a gradient.
 
-        All ranks enter and leave; in between each computes what and as much as it likes.
+        All ranks enter and leave; in between each computes what and as much as it likes. FSDP2 is
+        not asked then: its hooks take time for every token, and wait for streams that a CUDA graph
+        cannot capture.
         """
         self._depth += 1
         if self._depth == 1:
-            self._root.set_reshard_after_forward(False)
             for group in self._groups:
                 group.unshard()
+            for hook in self._hooks:
+                del hook.place[hook.key]
         try:
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
-                for group in self._groups:
-                    group.reshard()
-                    group.set_reshard_after_forward(group is not self._root, recurse=False)
+                for hook in self._hooks:
+                    hook.place[hook.key] = hook.function
+                    hook.place.move_to_end(hook.key, last=not hook.before_forward)
+                self.reshard()
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return parameters whole and in CPU memory to the first rank, and {} to the others.
