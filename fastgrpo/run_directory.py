@@ -94,7 +94,8 @@ class RunDirectory:
             path = self.path / f"{name}.jsonl"
             if path.exists():
                 # What has no end was being written as the process died.
-                whole = [line for line in path.open("rb") if line.endswith(b"\n")]
+                text = path.read_bytes().splitlines(keepends=True)
+                whole = [line for line in text if line.endswith(b"\n")]
                 kept = [line for line in whole if json.loads(line)["step"] <= step]
                 aside = path.with_suffix(".partial")
                 aside.write_bytes(b"".join(kept))

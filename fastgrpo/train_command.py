@@ -69,7 +69,13 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
         config_file: of the run.
         run: its directory; None: it has not begun.
     """
-    from .distributed import is_first_to_fail, joined_world, leave_world, record_failure
+    from .distributed import (
+        is_first_to_fail,
+        joined_world,
+        leave_world,
+        lost_peer,
+        record_failure,
+    )
 
     world = joined_world()
     if world.size > 1:
@@ -86,10 +92,12 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
             f"`fastgrpo plan {config_file}` says what takes memory, and which line of the "
             "configuration would save most",
         )
-    if is_first_to_fail():
-        text = "".join(traceback.format_exception(error)) if text is None else text
-        text = text if world.size == 1 else f"rank {world.rank}: {text}"
+    text = "".join(traceback.format_exception(error)).rstrip() if text is None else text
+    text = text if world.size == 1 else f"rank {world.rank}: {text}"
+    first = is_first_to_fail()
+    if first:
         complain(text, *lines)
+    if first or not lost_peer(error):
         record_failure(text)
     if world.size > 1:
         sys.stderr.flush()

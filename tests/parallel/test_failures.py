@@ -1,0 +1,330 @@
+"""What one process of several fails of ends them all, soon, with a sentence; and what restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from launch import end, popen, torchrun
+from safetensors.torch import load_file
+from small_models import save_small_model
+from small_runs import STEADY, lines
+
+from fastgrpo import distributed
+from fastgrpo.cli import main
+from fastgrpo.distributed import is_first_to_fail, is_restarted, join_world, lost_peer
+
+SECONDS = 60
+"""From a fault to the end of the last process."""
+FAULTS = Path(__file__).with_name("faults.py")
+REWARDS = """
+import os, time
+
+def letter_e(completions, **columns):
+    return [text.count("e") + 0.1 * len(text) for text in completions]
+
+def fails(completions, trainer_state, **columns):
+    if os.environ["RANK"] == "1" and trainer_state.global_step == 2:
+        raise RuntimeError("no rewards today")
+    return letter_e(completions)
+
+def falters(completions, trainer_state, **columns):
+    if trainer_state.global_step == 2:
+        raise RuntimeError("no rewards today")
+    return letter_e(completions)
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Return a directory with a configuration in a file; its runs last until they are ended."""
+    save_small_model(tmp_path / "model")
+    (tmp_path / "mine.py").write_text(REWARDS)
+    rows = [{"prompt": f"Ann has {n} eggs.\n"} for n in range(2, 34)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "problems.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "reward_funcs": [f"{tmp_path}/mine.py:letter_e"],
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 12,
+        "lr_scheduler_type": "constant",
+        "max_steps": 10_000,
+        "save_strategy": "no",
+        "cpu_threads": 1,
+        **STEADY,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of two processes."""
+
+    status: int
+    err: str
+    seconds: float
+    """Since the fault, or since they were started if there was none."""
+
+    def __post_init__(self) -> None:
+        assert self.status != 0, self.err
+        assert self.seconds < SECONDS
+        # Torchrun's own, and none of ours.
+        assert self.err.count("Traceback (most recent call last)") == 1, self.err
+
+    @property
+    def said(self) -> list[str]:
+        """What we have said in the end: before torchrun's summary, which repeats it."""
+        return re.findall("^fastgrpo: (?!loading)(.*)$", self.err, re.MULTILINE)
+
+
+def launch(place: Path, fault: str, *overrides: str, options: tuple[Any, ...] = ()) -> Any:
+    """Run two processes, of which rank 1 has a fault; none is left of what they have started."""
+    start = time.time()
+    mark = f"test_failures_{os.getpid()}_{start}"
+    arguments = [*options, FAULTS, fault, place, "train", place / "config.yaml", *overrides]
+    done = torchrun(2, *arguments, env={"FASTGRPO_TEST": mark}, cwd=place)
+    ended = time.time()
+    if (place / "fault").exists():
+        start = float((place / "fault").read_text())
+    assert_none_left(mark)
+    return done, ended - start
+
+
+def fail(place: Path, fault: str, *overrides: str) -> Ended:
+    done, seconds = launch(place, fault, *overrides)
+    return Ended(done.returncode, done.stderr, seconds)
+
+
+def assert_none_left(mark: str, patience: float = 10) -> None:
+    """Reward functions in processes of their own end with what has started them, very soon."""
+    if sys.platform != "linux":
+        return
+    late = time.monotonic() + patience
+    while left := [p for p in Path("/proc").glob("[0-9]*") if mark in environment(p)]:
+        assert time.monotonic() < late, left
+        time.sleep(0.1)
+
+
+def environment(process: Path) -> str:
+    try:
+        return (process / "environ").read_text(errors="replace")
+    except OSError:  # it has ended, or is another user's
+        return ""
+
+
+def assert_steps(run: Path, count: int) -> None:
+    """There are so many whole lines, each of its step."""
+    text = (run / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, count + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("memory", "rank 1: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        # The norm is that of all, so that any of them may be the first to say so.
+        ("gradient", "rank [01]: the norm of the gradient is nan; the weights are still those"),
+        ("reward", "rank 1: reward function 'fails' raised RuntimeError: no rewards today over 8"),
+    ],
+)
+def test_what_fails_on_one_rank_is_told_once_and_ends_all(place, fault, sentence):
+    overrides = [f"reward_funcs=[{place}/mine.py:fails]"] if fault == "reward" else []
+    ended = fail(place, "none" if fault == "reward" else fault, *overrides)
+    (said,) = ended.said
+    assert re.match(sentence, said)
+    summary = ended.err.partition("Root Cause")[2]
+    assert said in summary  # of torchrun, whose summary is the last thing to be seen
+    assert f"run directory: {place}/run\n" in ended.err
+    assert_steps(place / "run", 2)
+
+
+@pytest.mark.slow
+def test_a_slip_of_ours_is_one_traceback(place):
+    done, seconds = launch(place, "slip")
+    assert done.returncode != 0 and seconds < SECONDS
+    assert done.stderr.count("fastgrpo: rank 1: Traceback (most recent call last)") == 1
+    assert done.stderr.count('KeyError: "nobody\'s input"\nrun directory:') == 1
+
+
+@pytest.mark.slow
+def test_what_is_wrong_for_all_is_told_once(place):
+    ended = fail(place, "none", "loss_type=dpao")
+    (said,) = ended.said
+    assert re.match("rank [01]: .*config.yaml:", said)
+    assert ended.err.partition("Root Cause")[0].count("'dpao'") == 2  # there, and in the summary
+    assert not (place / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_loaded_on_one_rank_ends_all(place):
+    """As when a file is missing on one of two machines."""
+    ended = fail(place, "missing model")
+    (said,) = ended.said
+    assert re.match("rank 1: model_name_or_path: .*nowhere", said)
+    assert not (place / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["killed as it trains", "killed as it samples"])
+def test_a_killed_rank_ends_the_others(place, fault):
+    ended = fail(place, fault)
+    (said,) = ended.said
+    assert said.startswith("rank 0: ")
+    assert "another process" in said
+    assert "Signal 9 (SIGKILL) received by PID" in ended.err.partition("Root Cause")[2]
+    assert "gloo" not in ended.err
+    assert_steps(place / "run", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_is_told_once(place, number):
+    mark = f"test_failures_{os.getpid()}_{time.time()}"
+    process = popen(
+        2, "-m", "fastgrpo", "train", place / "config.yaml", env={"FASTGRPO_TEST": mark}
+    )
+    try:
+        wait_for(place / "run" / "metrics.jsonl", process)
+        start = time.time()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=SECONDS)
+    finally:
+        end(process)
+    ended = Ended(process.returncode, err, time.time() - start)
+    (said,) = ended.said
+    assert said.startswith("rank 0: interrupted")
+    assert f"run directory: {place}/run\n" in err
+    assert_none_left(mark)
+    steps = len(lines(place / "run" / "metrics.jsonl"))
+    assert_steps(place / "run", steps)
+
+
+def wait_for(path: Path, process: Any, patience: float = 240) -> None:
+    late = time.monotonic() + patience
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < late
+        time.sleep(0.1)
+
+
+RESTARTED = ("max_steps=5", "save_strategy=steps", "save_steps=2", "beta=0.1")
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(place):
+    """Or from the beginning, if it has none; and what is restarted ends as what was not."""
+
+    def weights(run: str) -> dict[str, torch.Tensor]:
+        return load_file(place / run / "final" / "model.safetensors")
+
+    def metrics(run: str) -> list[dict[str, Any]]:
+        return [
+            {
+                name: value
+                for name, value in line.items()
+                if not re.search("time|memory|_per_", name)
+            }
+            for line in lines(place / run / "metrics.jsonl")
+        ]
+
+    done, _ = launch(place, "none", *RESTARTED, f"output_dir={place}/whole")
+    assert done.returncode == 0, done.stderr
+    assert len(metrics("whole")) == 5
+    for fault, said in (
+        ("killed as it trains", f"resumed after step 2: {place}/run-1/checkpoints/step-2"),
+        ("killed at once", ""),
+    ):
+        run = "run-1" if said else "run-2"
+        done, _ = launch(
+            place, fault, *RESTARTED, f"output_dir={place}/{run}", options=("--max-restarts", 1)
+        )
+        assert done.returncode == 0, done.stderr
+        assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr
+        assert done.stdout.count("resumed after") == bool(said)
+        assert said in done.stdout
+        assert metrics(run) == metrics("whole")
+        found, wanted = weights(run), weights("whole")
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), name
+        (place / "fault").unlink()
+
+
+@pytest.mark.slow
+def test_a_restart_does_not_go_on_with_the_run_of_another_job(place):
+    """Which a first attempt has refused, since its directory was not empty."""
+    (place / "run").mkdir()
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    (place / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    (place / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    done, _ = launch(place, "none", options=("--max-restarts", 1))
+    assert done.returncode != 0
+    said = re.findall(
+        r"^fastgrpo: rank \d: output_dir: .* not an empty directory", done.stderr, re.M
+    )
+    assert len(said) == 2, done.stderr  # one of each attempt
+    assert (place / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_run_that_may_be_restarted_needs_a_directory_with_a_name(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert main(["train", str(place / "config.yaml"), "output_dir=null", "max_steps=1"]) == 2
+    (said,) = re.findall("^fastgrpo: (?!loading)(.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert said.startswith("output_dir: with --max-restarts torchrun starts a run again")
+    assert said.endswith("set output_dir, or leave --max-restarts out")
+    assert not (place / "runs").exists()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """The process group is joined first, so that they can settle who says so."""
+    joined: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, timeout: joined.append(backend)
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError) as error:
+        join_world()
+    assert str(error.value) == (
+        "torchrun has started 4 processes on a machine with 2 GPUs: lower --nproc-per-node to 2"
+    )
+    assert joined == ["cpu:gloo,cuda:nccl"]
+
+
+def test_a_process_alone_is_the_first_to_fail_and_never_restarted(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # of a job this process is no part of
+    assert is_first_to_fail()
+    assert not is_restarted()
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3871", True),
+        ("Read error [127.0.0.1]:2081: Connection reset by peer", True),
+        ("ncclRemoteError: a remote process exited or there was a network error", True),
+        ("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000", False),
+    ],
+)
+def test_a_lost_peer_is_told_from_what_is_wrong_here(text, lost):
+    assert lost_peer(RuntimeError(text)) == lost
+    assert not lost_peer(ValueError(text))

@@ -1,0 +1,190 @@
+"""Runs of one process that are resumed; tests/parallel/test_resharding.py has those of several."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from small_models import small_model, small_tokenizer
+from small_runs import lines, run_config
+from transformers import AutoModelForCausalLM
+
+from fastgrpo.assets import Assets
+from fastgrpo.config import config_from
+from fastgrpo.json_lines import read_lines
+from fastgrpo.run_directory import RunDirectory
+from fastgrpo.trainer import Trainer
+
+# Of transformers 5.23, when peft itself loads adapters.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+QUICK = {
+    "reward_timeout": None,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+}
+
+
+def letter_e(completions, **columns):
+    return [text.count("e") + 0.1 * len(text) for text in completions]
+
+
+def brought(values, tmp_path, problems):
+    """Return a configuration and objects without a name, new ones each time."""
+    from datasets import load_dataset
+
+    config = run_config(tmp_path, problems, None, **QUICK, **values)
+    rows = load_dataset("json", data_files=str(problems), split="train")
+    model = small_model()
+    return config, Assets(model=model, tokenizer=small_tokenizer(), train_dataset=rows)
+
+
+def cut(run, step):
+    """Take a run's last checkpoints, as if it had been killed soon after an earlier one."""
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write('{"step": 5, "é'.encode()[:-1])  # in the middle of a character
+
+
+def files(run):
+    """Return what a run leaves that does not depend on how long it took."""
+    metrics = [
+        {name: value for name, value in line.items() if not re.search("time|memory|_per_", name)}
+        for line in lines(run / "metrics.jsonl")
+    ]
+    return metrics, lines(run / "completions.jsonl"), lines(run / "rewards.jsonl")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            # Of four steps on a generation three are to come.
+            "num_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "sync_ref_model": True,
+            "ref_model_sync_steps": 1, "use_peft": False, "lr_scheduler_type": "linear",
+        },
+        {"use_peft": True, "lora_r": 2, "lora_dropout": 0.3},
+    ],
+    ids=["reference and waiting batches", "adapters with dropout on a base without a name"],
+)  # fmt: skip
+def test_a_resumed_run_is_the_run_that_went_through(tmp_path, word_problems, values):
+    run = tmp_path / "run"
+    config, assets = brought(values, tmp_path, word_problems)
+    Trainer(config, assets, reward_funcs=letter_e).train()
+    whole, final = files(run), tmp_path / "whole"
+    (run / "final").rename(final)
+    cut(run, 1)
+    config, assets = brought(values, tmp_path, word_problems)
+    if config.use_peft:  # the base is that of the run, and not what is brought again
+        torch.nn.init.zeros_(assets.model.get_input_embeddings().weight)
+    Trainer(config, assets, reward_funcs=letter_e, resume=True).train()
+    assert files(run) == whole
+    assert [line["step"] for line in whole[0]] == [1, 2, 3, 4]
+    (weights,) = (path.name for path in final.glob("*.safetensors"))
+    found, wanted = load_file(run / "final" / weights), load_file(final / weights)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(p)(ids).logits for p in (run / "final", final)
+        ]
+    assert torch.equal(*logits)
+
+
+def test_a_run_that_is_done_can_be_resumed_and_one_without_a_checkpoint_begins_again(
+    tmp_path, word_problems
+):
+    run = tmp_path / "run"
+    whole = None
+    for left in (None, 4, 0):
+        if left is not None:
+            cut(run, left)
+        config, assets = brought({"use_peft": True, "lora_r": 2}, tmp_path, word_problems)
+        trainer = Trainer(config, assets, reward_funcs=letter_e, resume=left is not None)
+        assert trainer.step == (left or 0)
+        trainer.train()
+        whole = whole or files(run)
+        assert files(run) == whole
+
+
+def config_of(tmp_path, **values):
+    return config_from(
+        {
+            "model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["accuracy"],
+            "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 8, "max_steps": 9,
+            **values,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: is 0.001 now, and 1e-06 in the run in "),
+        ({"max_steps": 10}, "max_steps: is 10 now, and 9 in the run in "),
+        ({"beta": 0.1}, "beta: is 0.1 now, and 0.0 in the run in "),
+        (
+            {"per_device_train_batch_size": 16},
+            "gradient_accumulation_steps: a step of the run in RUN has 8 completions, from 1 "
+            "process, and now it would have 16; change it so that they are as many",
+        ),
+    ],
+)
+def test_a_run_is_resumed_as_it_was_begun(tmp_path, values, sentence):
+    RunDirectory(config_of(tmp_path), "train")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ValueError) as error:
+        RunDirectory(config_of(tmp_path, **values), "train", resume=True)
+    said = str(error.value).replace(str(tmp_path / "run"), "RUN")
+    assert said.startswith(sentence)
+    assert said.endswith(("for a new run", "as many"))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_how_a_run_is_computed_and_shown_may_change(tmp_path):
+    RunDirectory(config_of(tmp_path), "train")
+    values = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3,
+        "parallel": {"data": 1, "shard": 2}, "gradient_checkpointing": False, "save_steps": 3,
+    }  # fmt: skip
+    RunDirectory(config_of(tmp_path, **values), "train", resume=True)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {key: written[key] for key in values} == values
+
+
+@pytest.mark.parametrize("means", [{"loss_type": "bnpo"}, {"top_entropy_quantile": 0.5}])
+def test_what_is_a_mean_over_micro_batches_keeps_their_size(tmp_path, means):
+    RunDirectory(config_of(tmp_path, **means), "train")
+    values = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **means}
+    with pytest.raises(ValueError, match="per_device_train_batch_size: is 4 now, and 8 in"):
+        RunDirectory(config_of(tmp_path, **values), "train", resume=True)
+    shared = {"parallel": {"data": 2, "shard": 1}, **means}
+    begun = config_of(tmp_path, gradient_accumulation_steps=2, output_dir=f"{tmp_path}/2", **means)
+    RunDirectory(begun, "train")
+    RunDirectory(config_of(tmp_path, output_dir=f"{tmp_path}/2", **shared), "train", resume=True)
+
+
+def test_lines_of_later_steps_and_torn_ones_are_taken_back(tmp_path):
+    run = RunDirectory(config_of(tmp_path), "train")
+    kept = [{"step": step, "text": "line\u2028separator é"} for step in (1, 2)]
+    rewards = [{"step": step, "rewards": {"judge": [0.0, None, step / 2]}} for step in (1, 2)]
+    for name, whole in (("metrics", kept), ("rewards", rewards)):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole)
+        (run.path / f"{name}.jsonl").write_text(text + text[:-3])
+    run.cut(1)
+    assert lines(run.path / "rewards.jsonl") == rewards[:1] * 2
+    assert read_lines(run.path / "metrics.jsonl") == kept[:1] * 2
+    assert run.graded  # 0.5 is neither 0 nor 1
+    run.cut(-1)
+    assert (run.path / "metrics.jsonl").read_text() == ""
+    assert not list(run.path.glob("*.partial"))
