@@ -1,5 +1,6 @@
 # `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
-# loss with peers in miniature. `make tour` runs the commands of the README's tour. `make peers` installs
+# loss with peers in miniature. `make tour` runs the commands of the README's tour. `make parallel` trains
+# in several processes, loses some and goes on. `make peers` installs
 # TRL, Liger, verl and OpenRLHF as well and runs the tests that hold us to them; `make integrations` of
 # these only the drop-in modules', and tries a wheel; `make trl` each version of TRL. `make benchmark`
 # compares with peers in full on a CPU. All set up `.venv` first.
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick tour peers integrations trl vllm benchmark lint clean
+.PHONY: demo test quick tour parallel peers integrations trl vllm benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
@@ -21,6 +22,9 @@ quick: $(VENV)/.installed
 
 tour: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/test_readme.py
+
+parallel: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/parallel tests/test_traffic.py
 
 peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers -n auto --dist loadfile
