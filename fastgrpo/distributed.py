@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,14 +60,15 @@ class World:
         if self.size == 1:
             return function()
         box: list[Any] = [None, None]
+        own = None
         if self.is_main:
             try:
                 box[0] = function()
             except Exception as error:
-                box[1] = error
+                own, box[1] = error, sendable(error)
         dist.broadcast_object_list(box, src=0)
-        if box[1] is not None:
-            raise box[1]
+        if error := own or box[1]:
+            raise error
         return box[0]
 
     def one_by_one(self, function: Callable[[], T]) -> T:
@@ -176,6 +178,15 @@ def _store(*, of_all_attempts: bool = False) -> Any:
     while of_all_attempts and hasattr(store, "underlying_store"):
         store = store.underlying_store
     return store
+
+
+def sendable(error: Exception) -> Exception:
+    """Return an exception that other processes can raise too: it, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def deal(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from small_runs import STEADY, lines
 
 from fastgrpo import distributed
 from fastgrpo.cli import main
-from fastgrpo.distributed import is_first_to_fail, is_restarted, join_world, lost_peer
+from fastgrpo.distributed import is_first_to_fail, is_restarted, join_world, lost_peer, sendable
 
 SECONDS = 60
 """From a fault to the end of the last process."""
@@ -310,10 +310,55 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert joined == ["cpu:gloo,cuda:nccl"]
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (["use_vllm=true"], "use_vllm: is for one process, and not with parallel; leave it out"),
+        (["load_in_4bit=true", "use_peft=true"], "load_in_4bit: is for one process, and not with"),
+        (["optim=adamw_8bit"], "optim: is for one process, and not with parallel; write adamw_t"),
+        (
+            ["dtype=bfloat16", "bf16_updates=master_weights"],
+            "bf16_updates: is for one process, and not with parallel; write dtype: float32",
+        ),
+        (["offload_optimizer=true"], "offload_optimizer: is for one process, and not with parall"),
+        (["torch_compile=true"], "torch_compile: is for one process, and not with parallel; leave"),
+        (["parallel={data: 2}"], "parallel: must be ddp, or {data: N, shard: M} with whole numb"),
+        (
+            ["parallel={data: 2, shard: 4}"],
+            "parallel: data 2 times shard 4 are 8 processes, and there is 1; start the run with "
+            "torchrun --nproc-per-node 8, or leave parallel out",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(place, monkeypatch, capsys, values, sentence):
+    monkeypatch.chdir(place)
+    if not values[0].startswith("parallel"):
+        values = [*values, "parallel={data: 1, shard: 1}"]
+    assert main(["train", str(place / "config.yaml"), *values]) == 2
+    *before, last = capsys.readouterr().err.splitlines()
+    assert sentence in last
+    assert len(before) <= 2  # what is loaded, and which file is wrong
+    assert not (place / "run").exists()
+
+
 def test_a_process_alone_is_the_first_to_fail_and_never_restarted(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # of a job this process is no part of
     assert is_first_to_fail()
     assert not is_restarted()
+
+
+class Peculiar(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+
+
+def test_what_one_process_raises_for_all_can_be_told_by_all():
+    """Exceptions whose arguments are not those of their text cannot be read back from a pickle."""
+    common = ValueError("mend it")
+    assert sendable(common) is common
+    told = sendable(Peculiar(3, "disk is full"))
+    assert type(told) is RuntimeError
+    assert str(told) == "Peculiar: 3: disk is full"
 
 
 @pytest.mark.parametrize(
