@@ -94,6 +94,7 @@ class Sampler:
         self.state = TrainerState()
         self._problems: list[str] = []
         self._logged: list[list[tuple[dict[str, float], int]]] = []
+        self._failures: dict[bool, dict[str, float]] = {False: {}, True: {}}
         self.sampling = SamplingParams(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -153,7 +154,7 @@ class Sampler:
     ) -> tuple[list[Sample], dict[str, float], list[str]]:
         """Do a rank's part of `sample`; return what reward functions log and complain of as well.
 
-        It may have no prompt.
+        It may have no prompt; its failures so far count all the same.
         """
         columns = {
             name: [value for value in values for _ in range(num_generations)]
@@ -162,7 +163,7 @@ class Sampler:
         prompts = columns.pop("prompt")
         with timed(times, "generate"), self.policy.whole():
             if not prompts:
-                return [], {}, []
+                return [], self._failures[evaluation], []
             drawn, extra = self._draw(prompts, columns, num_generations, sampling, seeds)
         with timed(times, "reward"):
             completion_ids = [one.completion_ids for one in drawn]
@@ -175,6 +176,8 @@ class Sampler:
                 trainer_state=self.state,
                 evaluation=evaluation,
             )
+        failures = {name: n for name, n in scores.metrics.items() if name.startswith("rewards/")}
+        self._failures[evaluation] = failures
         extra |= scores.extra
         samples = [
             Sample(

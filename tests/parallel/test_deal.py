@@ -146,3 +146,14 @@ def test_metrics_of_ranks_together_are_those_of_all_micro_batches(reports: list[
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+def test_failures_of_judges_are_counted_also_where_there_was_no_prompt(launch: Any) -> None:
+    """A rank that has none this time has failed before: the count of all ranks does not fall."""
+    sampler = launch("fails", reward_errors="none").sampler
+    sampler.state.global_step = 1  # it fails then
+    rows = {"prompt": ["a", "b"], "answer": ["", ""]}
+    for count in (2, 0):
+        columns = {name: values[:count] for name, values in rows.items()}
+        sampler.sample(columns, 4, [1, 2][:count], times={})
+        assert sampler.take_logged() == {"rewards/fails/exceptions": 1}
