@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
+_c10d: Any = dist.distributed_c10d
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=2)
@@ -100,7 +102,16 @@ def join_world() -> World:
         if not dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return World()
         on_gpu = torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+        # Of processes that are restarted PyTorch 2.13 leaves the keys, with addresses, in place.
+        store = _c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+        )
         if on_gpu:
             _take_gpu()
     return joined_world()
@@ -174,8 +185,8 @@ def is_restarted() -> bool:
 
 def _store(*, of_all_attempts: bool = False) -> Any:
     """Return what processes share through torchrun: keys are those of one attempt, or of all."""
-    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-    while of_all_attempts and hasattr(store, "underlying_store"):
+    store = _c10d._get_default_store()
+    while of_all_attempts and isinstance(store, _c10d.PrefixStore):
         store = store.underlying_store
     return store
 

@@ -19,6 +19,7 @@ from launch import end, popen, torchrun
 from safetensors.torch import load_file
 from small_models import save_small_model
 from small_runs import STEADY, lines
+from torch.distributed import HashStore
 
 from fastgrpo import distributed
 from fastgrpo.cli import main
@@ -297,8 +298,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(HashStore(), 1, 4)]))
     monkeypatch.setattr(
-        distributed.dist, "init_process_group", lambda backend, timeout: joined.append(backend)
+        distributed.dist, "init_process_group", lambda backend, **_: joined.append(backend)
     )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
