@@ -27,7 +27,7 @@ from fastgrpo.config import config_from
 from fastgrpo.trainer import Trainer
 
 B = 16
-PER_DEVICE = 4  # a step of one process has 4 micro-batches, one of 4 processes 1 each
+PER_DEVICE = 2  # a step of one process has 8 micro-batches, one of 4 processes 2 on each
 
 FAMILIES = {
     **CONFIGS,
@@ -71,14 +71,17 @@ TWICE = AGAIN | {"epsilon": 0.1}
 REFERENCE = AGAIN | {"beta": 0.1}
 BUDGET = {"max_tokens_per_microbatch": 48}
 
+ONE = {"generations": 1}
 ESSENTIAL = {
     "dapo": Case(),
-    "grpo, again": Case(grpo(**TWICE)),
-    "gspo, tied": Case(grpo(importance_sampling_level="sequence", **AGAIN, epsilon=0.04), tie=True),
-    "lora": Case({"use_peft": True}),
-    "reference": Case(REFERENCE, tie=True),
-    "idle rank": Case(kind="one"),
-    "budget": Case(BUDGET),
+    "grpo, again": Case(grpo(**TWICE), **ONE),
+    "gspo, tied": Case(
+        grpo(importance_sampling_level="sequence", **AGAIN, epsilon=0.04), tie=True, **ONE
+    ),
+    "lora": Case({"use_peft": True}, **ONE),
+    "reference": Case(REFERENCE, tie=True, **ONE),
+    "idle rank": Case(kind="one", **ONE),
+    "budget": Case(BUDGET, **ONE),
 }
 
 LOSSES = {
@@ -164,6 +167,8 @@ STEPS = {
     "one long": Case(kind="one long"),
     "three completions, bnpo": Case({"loss_type": "bnpo"}, kind="few"),
     "three completions, quantile": Case({"top_entropy_quantile": 0.5}, kind="few"),
+    "three completions, reference": Case(REFERENCE, kind="few"),
+    "one with signal, two steps": Case({"steps_per_generation": 2}, kind="one"),
     "three completions": Case({"filter_zero_advantages": False}, kind="few"),
 }
 # The passes of bnpo are the same for any number of processes, and so are their roundings to bf16.
