@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +18,10 @@ class ParallelOptions:
 
     @property
     def num_processes(self) -> int:
-        """Processes that share a step; 1 until `parallel` says how many."""
-        return self.data_size * self.shard_size
+        """Processes that share a step: as `parallel` says, else as many as torchrun has started."""
+        if isinstance(self.parallel, dict):
+            return self.data_size * self.shard_size
+        return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
     def data_size(self) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_cases import completions
 
-from fastgrpo.config import config_from
+from fastgrpo.config import ConfigError, config_from
 from fastgrpo.distributed import World, deal
 from fastgrpo.learner import Learner, Passes
 from fastgrpo.metrics import StepMetrics
@@ -157,3 +157,17 @@ def test_failures_of_judges_are_counted_also_where_there_was_no_prompt(launch: A
         columns = {name: values[:count] for name, values in rows.items()}
         sampler.sample(columns, 4, [1, 2][:count], times={})
         assert sampler.take_logged() == {"rewards/fails/exceptions": 1}
+
+
+def test_groups_may_be_shared_by_processes_before_parallel_is_resolved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = {"per_device_train_batch_size": 1, "num_generations": 8}
+    with pytest.raises(ConfigError, match="is 1 completions, which num_generations = 8"):
+        config_from(values)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as torchrun does
+    for parallel in ({}, {"parallel": "ddp"}, {"parallel": {"data": 2, "shard": 4}}):
+        config = config_from(values | parallel)
+        assert (config.num_processes, config.completions_per_step) == (8, 8)
+    with pytest.raises(ConfigError, match="and 3 processes is 3 completions"):
+        config_from(values | {"parallel": {"data": 3, "shard": 1}})

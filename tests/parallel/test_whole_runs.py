@@ -93,7 +93,6 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "epochs": {  # of 7 prompts each, all of them in a step
         "per_step": 28, "rows": 7, "max_steps": -1, "num_train_epochs": 3,
-        "mesh": {2: {"data": 1, "shard": 2}, 4: {"data": 2, "shard": 2}},
         "num_completions_to_log": 28,
     },
     "uneven": {  # 7 prompts in steps of 4: an epoch ends within a step
