@@ -67,8 +67,8 @@ def files(run):
     "values",
     [
         {
-            # Of four steps on a generation others are to come.
-            "num_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "sync_ref_model": True,
+            # One of two steps on a generation is to come, and another generation.
+            "num_iterations": 2, "beta": 0.1, "sync_ref_model": True,
             "ref_model_sync_steps": 1, "use_peft": False, "lr_scheduler_type": "linear",
         },
         {"use_peft": True, "lora_r": 2, "lora_dropout": 0.3},
