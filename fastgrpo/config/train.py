@@ -193,6 +193,8 @@ class TrainConfig(  # the fields of the last come first in config.yaml
             ),
             ("offload_optimizer", self.offload_optimizer, "leave it out: its states are sharded"),
             ("torch_compile", self.torch_compile, "leave it out"),
+            # FSDP2 takes what is trained for given once it has gathered it.
+            ("use_peft", self.use_peft and self.task is not None, "leave it out beside task"),
         ):
             if used:
                 yield f"{key}: is for one process, and not with parallel; {remedy}"

@@ -17,58 +17,11 @@ import torch
 import yaml
 from launch import end, popen, torchrun
 from safetensors.torch import load_file
-from small_models import save_small_model
-from small_runs import STEADY, lines
-from torch.distributed import HashStore
-
-from fastgrpo import distributed
-from fastgrpo.cli import main
-from fastgrpo.distributed import is_first_to_fail, is_restarted, join_world, lost_peer, sendable
+from small_runs import lines
 
 SECONDS = 60
 """From a fault to the end of the last process."""
 FAULTS = Path(__file__).with_name("faults.py")
-REWARDS = """
-import os, time
-
-def letter_e(completions, **columns):
-    return [text.count("e") + 0.1 * len(text) for text in completions]
-
-def fails(completions, trainer_state, **columns):
-    if os.environ["RANK"] == "1" and trainer_state.global_step == 2:
-        raise RuntimeError("no rewards today")
-    return letter_e(completions)
-
-def falters(completions, trainer_state, **columns):
-    if trainer_state.global_step == 2:
-        raise RuntimeError("no rewards today")
-    return letter_e(completions)
-"""
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """Return a directory with a configuration in a file; its runs last until they are ended."""
-    save_small_model(tmp_path / "model")
-    (tmp_path / "mine.py").write_text(REWARDS)
-    rows = [{"prompt": f"Ann has {n} eggs.\n"} for n in range(2, 34)]
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "model_name_or_path": str(tmp_path / "model"),
-        "dataset_name": str(tmp_path / "problems.jsonl"),
-        "output_dir": str(tmp_path / "run"),
-        "reward_funcs": [f"{tmp_path}/mine.py:letter_e"],
-        "num_generations": 4,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 12,
-        "lr_scheduler_type": "constant",
-        "max_steps": 10_000,
-        "save_strategy": "no",
-        "cpu_threads": 1,
-        **STEADY,
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
 
 
 @dataclass(frozen=True)
@@ -280,98 +233,3 @@ def test_a_restart_does_not_go_on_with_the_run_of_another_job(place):
     )
     assert len(said) == 2, done.stderr  # one of each attempt
     assert (place / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'
-
-
-def test_a_run_that_may_be_restarted_needs_a_directory_with_a_name(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    assert main(["train", str(place / "config.yaml"), "output_dir=null", "max_steps=1"]) == 2
-    (said,) = re.findall("^fastgrpo: (?!loading)(.*)$", capsys.readouterr().err, re.MULTILINE)
-    assert said.startswith("output_dir: with --max-restarts torchrun starts a run again")
-    assert said.endswith("set output_dir, or leave --max-restarts out")
-    assert not (place / "runs").exists()
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    """The process group is joined first, so that they can settle who says so."""
-    joined: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(HashStore(), 1, 4)]))
-    monkeypatch.setattr(
-        distributed.dist, "init_process_group", lambda backend, **_: joined.append(backend)
-    )
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError) as error:
-        join_world()
-    assert str(error.value) == (
-        "torchrun has started 4 processes on a machine with 2 GPUs: lower --nproc-per-node to 2"
-    )
-    assert joined == ["cpu:gloo,cuda:nccl"]
-
-
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        (["use_vllm=true"], "use_vllm: is for one process, and not with parallel; leave it out"),
-        (["load_in_4bit=true", "use_peft=true"], "load_in_4bit: is for one process, and not with"),
-        (["optim=adamw_8bit"], "optim: is for one process, and not with parallel; write adamw_t"),
-        (
-            ["dtype=bfloat16", "bf16_updates=master_weights"],
-            "bf16_updates: is for one process, and not with parallel; write dtype: float32",
-        ),
-        (["offload_optimizer=true"], "offload_optimizer: is for one process, and not with parall"),
-        (["torch_compile=true"], "torch_compile: is for one process, and not with parallel; leave"),
-        (["parallel={data: 2}"], "parallel: must be ddp, or {data: N, shard: M} with whole numb"),
-        (
-            ["parallel={data: 2, shard: 4}"],
-            "parallel: data 2 times shard 4 are 8 processes, and there is 1; start the run with "
-            "torchrun --nproc-per-node 8, or leave parallel out",
-        ),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(place, monkeypatch, capsys, values, sentence):
-    monkeypatch.chdir(place)
-    if not values[0].startswith("parallel"):
-        values = [*values, "parallel={data: 1, shard: 1}"]
-    assert main(["train", str(place / "config.yaml"), *values]) == 2
-    *before, last = capsys.readouterr().err.splitlines()
-    assert sentence in last
-    assert len(before) <= 2  # what is loaded, and which file is wrong
-    assert not (place / "run").exists()
-
-
-def test_a_process_alone_is_the_first_to_fail_and_never_restarted(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # of a job this process is no part of
-    assert is_first_to_fail()
-    assert not is_restarted()
-
-
-class Peculiar(Exception):
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(f"{code}: {text}")
-
-
-def test_what_one_process_raises_for_all_can_be_told_by_all():
-    """Exceptions whose arguments are not those of their text cannot be read back from a pickle."""
-    common = ValueError("mend it")
-    assert sendable(common) is common
-    told = sendable(Peculiar(3, "disk is full"))
-    assert type(told) is RuntimeError
-    assert str(told) == "Peculiar: 3: disk is full"
-
-
-@pytest.mark.parametrize(
-    ("text", "lost"),
-    [
-        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3871", True),
-        ("Read error [127.0.0.1]:2081: Connection reset by peer", True),
-        ("ncclRemoteError: a remote process exited or there was a network error", True),
-        ("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000", False),
-    ],
-)
-def test_a_lost_peer_is_told_from_what_is_wrong_here(text, lost):
-    assert lost_peer(RuntimeError(text)) == lost
-    assert not lost_peer(ValueError(text))
