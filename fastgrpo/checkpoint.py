@@ -50,6 +50,7 @@ def finish_checkpoint(
         model.save_pretrained(aside, **options)
     tokenizer.save_pretrained(aside)
     old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that died right here
     if path.exists():  # of a run that goes on from before it
         path.replace(old)
     aside.replace(path)

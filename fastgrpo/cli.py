@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -84,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
+        if options.command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if os.environ.get("RANK") == "0":
+                complain(f"{options.command}: is for one process; leave torchrun out")
+            return 2
         if options.command == "plan":
             return plan(options.config, overrides, options.gpu_memory, options.prompt_length)
         if options.command == "eval":

@@ -39,6 +39,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    joined: bool = False
+    """Torchrun has started it, be it alone."""
 
     @property
     def is_main(self) -> bool:
@@ -119,7 +121,9 @@ def join_world() -> World:
 
 def joined_world() -> World:
     """Return the processes that have been joined, this one alone if there are no others."""
-    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), joined=True)
 
 
 def _take_gpu() -> None:
@@ -158,7 +162,8 @@ def record_failure(text: str) -> None:
     """Tell torchrun what has ended this process, for its summary."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        failure = {"message": text, "timestamp": int(time.time())}
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        failure = {"message": {"message": text, "extraInfo": extra}}
         Path(path).write_text(json.dumps(failure), encoding="utf-8")
 
 

@@ -158,13 +158,13 @@ class Learner:
                     logps[index] = output.logps
                 report = {"loss": part, **sampling_difference(output.logps, micro)}
                 totals.add(output.metrics | report, weight=micro.num_completion_tokens)
+            policy.reshard()  # what passes without a gradient have left gathered as well
             if not passes.num:  # a gradient of 0, which momentum outlives, is not no gradient
                 for parameter in model.parameters():
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
             if keep:
                 batch.old_logps = world.sum_(logps)  # the policy as it was, at no cost
-            policy.reshard()
             grad_norm = clip_gradients(model, config.max_grad_norm)
             learning_rate = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()

@@ -103,6 +103,9 @@ class RunDirectory:
                 if name == "rewards":
                     for line in kept:
                         self._grade(next(iter(json.loads(line)["rewards"].values())))
+        for later in self._checkpoints():
+            if later > step:
+                shutil.rmtree(self._checkpoint(later))
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a step's line to metrics.jsonl."""
@@ -166,7 +169,7 @@ class RunDirectory:
     @property
     def is_bare(self) -> bool:
         """Whether nothing has been written but what the run was given."""
-        return {path.name for path in self.path.iterdir()} <= {*_GIVEN}
+        return is_bare(self.path)
 
     def discard(self) -> None:
         """Delete what a run that could not begin has written and made.
@@ -242,6 +245,11 @@ def _check_same(path: Path, values: Mapping[str, Any], completions_per_step: int
             f"completions, from {processes} process{'es' if processes > 1 else ''}, and now it "
             f"would have {completions_per_step}; change it so that they are as many"
         )
+
+
+def is_bare(run: Path) -> bool:
+    """Say whether a run directory holds nothing but what the run was given."""
+    return {path.name for path in run.iterdir()} <= {*_GIVEN}
 
 
 def check_restarts(output_dir: str | None) -> None:

@@ -183,8 +183,9 @@ class Sampler:
             Sample(
                 prompt=prompts[i],
                 text=texts[i],
-                drawn=one if self.world.size == 1 else replace(one, logps=one.logps.cpu()),
-                rewards_K=scores.rewards_BK[i],
+                # What is sent brings all along that it is a view of.
+                drawn=one if self.world.size == 1 else replace(one, logps=one.logps.cpu().clone()),
+                rewards_K=scores.rewards_BK[i].clone(),
                 steps_K={k: steps[i] for k, steps in scores.steps.items()},
                 extra={name: values[i] for name, values in extra.items()},
             )

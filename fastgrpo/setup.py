@@ -18,7 +18,7 @@ from .adapters import add_adapters
 from .assets import Assets
 from .config import ConfigError, TrainConfig, resolve_parallel
 from .data import check_prompts
-from .distributed import World, processes_per_machine
+from .distributed import World, joined_world, processes_per_machine
 from .loading import computes_in_bf16
 from .model import Policy
 from .rewards import Judges
@@ -50,6 +50,11 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> TrainConfig:
     """
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    if config.parallel is not None and not world.joined:
+        raise ConfigError(
+            f"parallel: {config.parallel} is for the processes that torchrun starts; put torchrun "
+            "--nproc-per-node N -m in front of fastgrpo, or leave parallel out"
+        )
     if world.size > 1 or config.parallel is not None:
         sizes = resolve_parallel(config.parallel, world.size, processes_per_machine(world))
         config = replace(config, parallel=sizes)
@@ -112,6 +117,7 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     if config.parallel is not None:
         from .sharding import Sharding, build_mesh
 
+        check_same_model(model)
         sharding = Sharding(model, build_mesh(config.data_size, config.shard_size), bf16=bf16)
     with nullcontext() if sharding is None else sharding.whole():
         policy = Policy(
@@ -126,6 +132,20 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     if config.torch_compile:
         policy.compile()
     return policy
+
+
+def check_same_model(model: torch.nn.Module) -> None:
+    """Refuse models that differ between processes, each of which keeps a part of its own.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    sums = [parameter.detach().double().sum().item() for parameter in model.parameters()]
+    if any(other != sums for other in joined_world().gather(sums)):
+        raise ValueError(
+            "the processes have brought different models: call torch.manual_seed before you make "
+            "yours, or load it from one checkpoint"
+        )
 
 
 def disable_dropout(model: Any) -> None:
@@ -241,7 +261,15 @@ def build_rollout(config: TrainConfig, policy: Policy, say: Callable[[str], None
 
 
 def notes(config: TrainConfig, policy: Policy) -> Iterator[str]:
-    """Yield what of a run is not as one would expect."""
+    """Yield what of a run is not as one would expect, and how several processes share it."""
+    if config.parallel is not None:
+        copies, pieces = config.data_size, config.shard_size
+        yield (
+            f"note: {config.num_processes} processes, {copies} "
+            f"cop{'y' if copies == 1 else 'ies'} of the model in {pieces} "
+            f"piece{'' if pieces == 1 else 's'}; a step has {config.completions_per_step} "
+            "completions of them all"
+        )
     if config.top_p < 1 or config.top_k > 0 or config.min_p:
         truncation = f"top_p={config.top_p} and top_k={config.top_k}"
         truncation += f" and min_p={config.min_p}" if config.min_p else ""

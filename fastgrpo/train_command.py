@@ -139,6 +139,8 @@ def _tell_of_sigterm() -> None:
 
 
 def _place(run: Path) -> str:
-    """Say where a run is that has ended; one without a step has left nothing."""
-    left = run.is_dir() and any(run.iterdir())
+    """Say where a run is that has ended; one without a step leaves nothing."""
+    from .run_directory import is_bare
+
+    left = run.is_dir() and not is_bare(run)
     return f"run directory: {run}" if left else "nothing was written"

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from .batch import Batch
 from .checkpoint import nameless_base, point_to_base, without_adapters
@@ -86,6 +86,8 @@ def _alone() -> Generator[bool]:
 def _tensors(learner: Learner) -> dict[str, Tensor]:
     """Return all that changes in a run, by name: the very tensors, to be read or written."""
     model, optimizer = learner.policy.model, learner.optimizer
+    learner.policy.reshard()  # the parts are what stays
+    _complete(optimizer)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     # It makes the states that an optimizer has from its first step on.
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -95,6 +97,18 @@ def _tensors(learner: Learner) -> dict[str, Tensor]:
         **{f"optimizer.{name}": x for name, x in states.items() if isinstance(x, Tensor)},
         **{f"reference.{name}": x for name, x in _reference(learner).items()},
     }
+
+
+def _complete(optimizer: Optimizer) -> None:
+    """Give states to parameters that no step has reached: all have some once they are read."""
+    for group in optimizer.param_groups if optimizer.state else ():
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _reference(learner: Learner) -> dict[str, Tensor]:

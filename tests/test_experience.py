@@ -1,5 +1,6 @@
 """What is sampled: groups with signal, log-probs of the time, samplers that are not the policy."""
 
+import pickle
 from dataclasses import replace
 from itertools import groupby
 
@@ -8,6 +9,7 @@ import torch
 from small_models import small_model
 from small_runs import assert_same_weights, lines, rows_seen, weights_of
 
+from fastgrpo.distributed import World
 from fastgrpo.experience import Collector
 from fastgrpo.rollout import Drawn
 from fastgrpo.samples import Sample
@@ -258,3 +260,21 @@ def test_the_collector_is_reproducible(start):
     (b,), _ = second.collect(1, {})
     assert torch.equal(a.input_ids, b.input_ids)
     assert torch.equal(a.sampling_logps, b.sampling_logps)
+
+
+def test_what_a_rank_sends_is_its_samples_and_not_what_they_are_views_of(start):
+    trainer = start()
+    trainer.sampler.world = World(rank=0, size=2)
+    rows = trainer.train_dataset[:16]
+    samples, _, _ = trainer.sampler._sample(
+        rows,
+        4,
+        list(range(16)),
+        times={},
+        sampling=trainer.sampler.sampling,
+        evaluation=False,
+    )
+    assert len(samples) == 64
+    alone = sum(len(pickle.dumps(sample)) for sample in samples)
+    assert max(len(pickle.dumps(sample)) for sample in samples) < 1200
+    assert len(pickle.dumps(samples)) < alone

@@ -79,10 +79,14 @@ ESSENTIAL = {
         grpo(importance_sampling_level="sequence", **AGAIN, epsilon=0.04), tie=True, **ONE
     ),
     "lora": Case({"use_peft": True}, **ONE),
-    "reference": Case(REFERENCE, tie=True, **ONE),
+    "reference": Case(REFERENCE | {"steps_per_generation": 2}, tie=True),
+    # The first step of the second generation has no signal, and log-probs were asked before it.
+    "late": Case({"steps_per_generation": 2, "weight_decay": 0.5}, kind="late"),
     "idle rank": Case(kind="one", **ONE),
     "budget": Case(BUDGET, **ONE),
 }
+
+COPIES = {"dapo, copied": Case()}
 
 LOSSES = {
     "grpo": Case(grpo()),
@@ -179,6 +183,7 @@ MIXED = {
 }
 ALL = {
     "essential": ESSENTIAL,
+    "copies": COPIES,
     "losses": LOSSES,
     "references": REFERENCES,
     "models": MODELS,
@@ -212,6 +217,8 @@ def completions(kind: str, seed: int, vocabulary: int, count: int = B) -> Batch:
         advantages[:4] = 0
     if kind == "one" or kind == "three":
         advantages[{"one": 5, "three": 7}[kind] :] = 0
+    if kind == "late" and seed > 1:
+        advantages[:-4] = 0
     if kind == "silent" or (kind == "then silent" and seed > 1):
         advantages[:] = 0
     counted = [torch.rand(n, generator=rng) < 0.9 for n in lengths]

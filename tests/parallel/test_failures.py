@@ -233,3 +233,12 @@ def test_a_restart_does_not_go_on_with_the_run_of_another_job(place):
     )
     assert len(said) == 2, done.stderr  # one of each attempt
     assert (place / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("difference", [0.0, 1e-3])
+def test_processes_must_bring_the_same_model(tmp_path, difference):
+    script = Path(__file__).with_name("two_models.py")
+    done = torchrun(2, script, difference, tmp_path / "run")
+    told = "the processes have brought different models: call torch.manual_seed before you make"
+    assert (done.returncode == 0, told in done.stderr) == (not difference, bool(difference))

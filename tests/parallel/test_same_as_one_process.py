@@ -105,7 +105,7 @@ def near(found: float, wanted: float, bar: float) -> bool:
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    compare(tmp_path, 2, "essential:1x2")
+    compare(tmp_path, 2, "essential:1x2", "copies:2x1")
 
 
 @pytest.mark.slow
