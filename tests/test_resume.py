@@ -188,3 +188,24 @@ def test_lines_of_later_steps_and_torn_ones_are_taken_back(tmp_path):
     run.cut(-1)
     assert (run.path / "metrics.jsonl").read_text() == ""
     assert not list(run.path.glob("*.partial"))
+
+
+def test_parameters_that_no_step_has_reached_are_no_obstacle(tmp_path, word_problems):
+    """As a vision tower is that text does not pass through."""
+    found = []
+    for resume in (False, True):
+        config, assets = brought({}, tmp_path, word_problems)
+        assets.model.tower = torch.nn.Linear(4, 4)
+        Trainer(config, assets, reward_funcs=letter_e, resume=resume).train()
+        found.append(files(tmp_path / "run"))
+        cut(tmp_path / "run", 1)
+    assert found[0] == found[1]
+
+
+def test_checkpoints_of_later_steps_are_taken_back_too(tmp_path):
+    run = RunDirectory(config_of(tmp_path), "train")
+    for step, state in ((4, True), (6, False)):  # the second with save_only_model
+        (run.path / "checkpoints" / f"step-{step}" / ("state" if state else "")).mkdir(parents=True)
+    assert run.newest_checkpoint() == run.path / "checkpoints" / "step-4"
+    run.cut(4)
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-4"]
