@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgrpo import trainer as our_trainer
+from fastgrpo import learner as our_learner
 from fastgrpo.advantages import group_advantages
 
 from . import measure, runs, trainer, trainer_worker, trainers
@@ -189,7 +189,7 @@ def test_flipped_advantages_are_wrong(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_rotated_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = our_trainer.clip_gradients
+    clip = our_learner.clip_gradients
 
     def clip_and_rotate(model: nn.Module, most: float) -> float:
         norm = clip(model, most)
@@ -197,7 +197,7 @@ def test_a_rotated_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         head.grad = head.grad.roll(1, 0)  # of the same norm
         return norm
 
-    monkeypatch.setattr(our_trainer, "clip_gradients", clip_and_rotate)
+    monkeypatch.setattr(our_learner, "clip_gradients", clip_and_rotate)
     with pytest.raises(WrongResult, match="the first gradient is off by"):
         trainer_worker.measured("fastgrpo", ALL, "cpu")
 
