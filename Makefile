@@ -1,9 +1,9 @@
 # `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
 # loss with peers in miniature. `make tour` runs the commands of the README's tour. `make parallel` trains
-# in several processes, loses some and goes on. `make peers` installs
-# TRL, Liger, verl and OpenRLHF as well and runs the tests that hold us to them; `make integrations` of
-# these only the drop-in modules', and tries a wheel; `make trl` each version of TRL. `make benchmark`
-# compares with peers in full on a CPU. All set up `.venv` first.
+# in several processes, loses some and goes on. `make peers` installs TRL, Liger, verl and OpenRLHF as
+# well and runs the tests that hold us to them; `make integrations` of these only the drop-in modules',
+# and tries a wheel; `make trl` each version of TRL. `make benchmark` compares with peers in full on a
+# CPU. All set up `.venv` first.
 # `make vllm` runs the tests against vLLM's CPU build, in an environment of its own: it pins versions.
 PYTHON ?= python3
 VENV := .venv

@@ -41,6 +41,10 @@ def test_metrics_of_a_run(start, word_problems, tmp_path):
     assert [name for name in names if not is_reserved(name)] == []
 
 
+def test_metrics_of_several_processes():
+    assert is_reserved("parallel/imbalance")
+
+
 def test_other_names_are_free():
     for name in ("letters", "steps", "my/reward", "reward/mean", "evaluated", "accuracy_reward"):
         assert not is_reserved(name)
