@@ -24,7 +24,7 @@ tour: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow tests/test_readme.py
 
 parallel: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow tests/parallel tests/test_traffic.py
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile tests/parallel tests/test_traffic.py
 
 peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers -n auto --dist loadfile
