@@ -162,8 +162,7 @@ def record_failure(text: str) -> None:
     """Tell torchrun what has ended this process, for its summary."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        failure = {"message": {"message": text, "extraInfo": extra}}
+        failure = {"message": text, "timestamp": int(time.time())}
         Path(path).write_text(json.dumps(failure), encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from types import FrameType
 
 from .cli import complain
 
+_PATIENCE = 5.0
+"""Seconds for torchrun to see the process that has failed first."""
 _PEER_LOST = (
     "another process of the run is gone, and the others end with it; what torchrun says below "
     "names it and how it ended, and --resume auto goes on from the last checkpoint"
@@ -99,6 +102,9 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
         complain(text, *lines)
     if first or not lost_peer(error):
         record_failure(text)
+    if not first and world.size > 1:  # torchrun takes what ends first for the cause; it ends this
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_PATIENCE)
     if world.size > 1:
         sys.stderr.flush()
         os._exit(status)  # the others are waiting for this one, and it must not wait for them
