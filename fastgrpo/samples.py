@@ -94,7 +94,6 @@ class Sampler:
         self.state = TrainerState()
         self._problems: list[str] = []
         self._logged: list[list[tuple[dict[str, float], int]]] = []
-        self._failures: dict[bool, dict[str, float]] = {False: {}, True: {}}
         self.sampling = SamplingParams(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -163,7 +162,7 @@ class Sampler:
         prompts = columns.pop("prompt")
         with timed(times, "generate"), self.policy.whole():
             if not prompts:
-                return [], self._failures[evaluation], []
+                return [], {**self.judges.failures[evaluation]}, []
             drawn, extra = self._draw(prompts, columns, num_generations, sampling, seeds)
         with timed(times, "reward"):
             completion_ids = [one.completion_ids for one in drawn]
@@ -176,8 +175,6 @@ class Sampler:
                 trainer_state=self.state,
                 evaluation=evaluation,
             )
-        failures = {name: n for name, n in scores.metrics.items() if name.startswith("rewards/")}
-        self._failures[evaluation] = failures
         extra |= scores.extra
         samples = [
             Sample(

@@ -35,11 +35,11 @@ from .learner import Learner
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-NUMBERS = "trainer_state.json"
+_NUMBERS = "trainer_state.json"
 _BATCHES = "batches.safetensors"
 
 
-def save_tensors(path: Path, learner: Learner) -> None:
+def _save_tensors(path: Path, learner: Learner) -> None:
     """Write what is trained, the optimizer's states and the reference; all ranks call it.
 
     Args:
@@ -51,8 +51,8 @@ def save_tensors(path: Path, learner: Learner) -> None:
         save(_tensors(learner), storage_writer=writer, no_dist=no_dist)
 
 
-def load_tensors(path: Path, learner: Learner) -> None:
-    """Take back what `save_tensors` has written, by as many processes as there are now."""
+def _load_tensors(path: Path, learner: Learner) -> None:
+    """Take back what `_save_tensors` has written, by as many processes as there are now."""
     reader = HuggingFaceStorageReader(str(path))
     with _alone() as no_dist:
         load(_tensors(learner), storage_reader=reader, no_dist=no_dist)
@@ -142,7 +142,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
         trainer: whose run.
     """
     learner = trainer.learner
-    save_tensors(path, learner)
+    _save_tensors(path, learner)
     batches = list({id(batch): batch for batch in trainer.waiting}.values())
     numbers = {
         "step": trainer.step,
@@ -156,7 +156,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
     }
 
     def write() -> None:
-        (path / NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        (path / _NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         _save_batches(path / _BATCHES, batches)
 
     trainer.world.on_main(write)
@@ -165,8 +165,8 @@ def save_state(path: Path, trainer: Trainer) -> None:
 def load_state(path: Path, trainer: Trainer) -> None:
     """Put a trainer where `save_state` has left one, maybe of another number of processes."""
     learner = trainer.learner
-    load_tensors(path, learner)
-    numbers: dict[str, Any] = json.loads((path / NUMBERS).read_text(encoding="utf-8"))
+    _load_tensors(path, learner)
+    numbers: dict[str, Any] = json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
     trainer.step = trainer.sampler.state.global_step = numbers["step"]
     trainer.tokens_seen = numbers["num_tokens"]
     trainer.collector.prompts.load_state_dict(numbers["prompts"])

@@ -3,6 +3,7 @@
 import string
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -57,9 +58,11 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def small_model(family: str = "qwen3", tie: bool = True, seed: int = 0, **options):
+def small_model(family: Any = "qwen3", tie: bool = True, seed: int = 0, **options):
+    """Make a causal LM of a family by name, or of what makes a configuration."""
     tokenizer = small_tokenizer()
-    config = CONFIGS[family](
+    make = CONFIGS[family] if isinstance(family, str) else family
+    config = make(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,

@@ -105,8 +105,8 @@ class Judges:
         self.functions: dict[int, Callable[..., Any]] = {}
         """By index, those that are called in this process."""
         self._processes: dict[int, Process] = {}
-        self._counts: dict[bool, dict[str, int]] = {False: {}, True: {}}
-        """Failures by metric, of training and of evaluations."""
+        self.failures: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        """How many there were so far, by metric, of training and (True) of evaluations."""
         self._seen: set[tuple[bool, int, str, str]] = set()
         self._pool = ThreadPoolExecutor(max(len(reward_funcs), 1), "reward")
         self._runner = asyncio.Runner()
@@ -226,7 +226,7 @@ class Judges:
             and (problem := self._fail(k, failure, len(prompts), evaluation))
         ]
         scores = self._scores(outcomes, lengths, problems)
-        scores.metrics.update(self._counts[evaluation])
+        scores.metrics.update(self.failures[evaluation])
         return scores
 
     def _call(self, arguments: dict[str, Any], lengths: list[int]) -> list[Outcome]:
@@ -290,7 +290,7 @@ class Judges:
                 error.add_note(failure["traceback"])
             raise error
         metric = f"rewards/{name}/{kind}s"
-        counts = self._counts[evaluation]
+        counts = self.failures[evaluation]
         counts[metric] = counts.get(metric, 0) + 1
         new = evaluation, k, kind, failure["where"] or failure["what"]
         if new in self._seen:

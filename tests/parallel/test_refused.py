@@ -62,8 +62,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         (["parallel={data: 2}"], "parallel: must be ddp, or {data: N, shard: M} with whole numb"),
         (
             ["parallel={data: 2, shard: 4}"],
-            "parallel: data 2 times shard 4 are 8 processes, and there is 1; start the run with "
-            "torchrun --nproc-per-node 8, or leave parallel out",
+            "parallel: {'data': 2, 'shard': 4} is for the processes that torchrun starts; put "
+            "torchrun --nproc-per-node N -m in front of fastgrpo, or leave parallel out",
         ),
     ],
 )
