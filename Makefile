@@ -1,6 +1,7 @@
 # `make demo` trains a small model from scratch; `make test` runs the tests; `make quick` compares the
 # loss with peers in miniature. `make tour` runs the commands of the README's tour. `make parallel` trains
-# in several processes, loses some and goes on. `make peers` installs TRL, Liger, verl and OpenRLHF as
+# in several processes, loses some and goes on. `make faults` injects what takes long of
+# fastgrpo/RECOVERY.md's table, and prints it. `make peers` installs TRL, Liger, verl and OpenRLHF as
 # well and runs the tests that hold us to them; `make integrations` of these only the drop-in modules',
 # and tries a wheel; `make trl` each version of TRL. `make benchmark` compares with peers in full on a
 # CPU. All set up `.venv` first.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick tour parallel peers integrations trl vllm benchmark lint clean
+.PHONY: demo test quick tour parallel faults peers integrations trl vllm benchmark lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastgrpo train configs/demo_arithmetic.yaml
@@ -25,6 +26,9 @@ tour: $(VENV)/.installed
 
 parallel: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow -n auto --dist loadfile tests/parallel tests/test_traffic.py
+
+faults: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow and fault" -n auto --dist loadfile tests
 
 peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers -n auto --dist loadfile

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from fault_tally import note_faults
+from fault_tally import pytest_terminal_summary as pytest_terminal_summary
 
 HAS_GPU = torch.cuda.is_available()
 HAS_VLLM = find_spec("vllm") is not None
@@ -19,6 +21,7 @@ torch.use_deterministic_algorithms(not HAS_GPU)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    note_faults(items)
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
