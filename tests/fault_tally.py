@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 AS_EXPECTED, NOT, NOT_RUN = "as expected", "NOT as expected", "not run"
-_RESULTS = {"passed": AS_EXPECTED, "skipped": NOT_RUN}
+_RESULTS = {"passed": AS_EXPECTED, "skipped": NOT_RUN, "failed": NOT, "error": NOT, "xfailed": NOT}
 
 
 def note_faults(items: Iterable[pytest.Item]) -> None:
@@ -26,15 +26,14 @@ def fault_rows(stats: Mapping[str, Iterable[Any]]) -> dict[tuple[str, str, str],
     One that fails makes it fail, and one that runs is enough.
     """
     rows: dict[tuple[str, str, str], set[str]] = {}
-    for category, reports in stats.items():
-        for report in reports if category else ():
-            for name, value in getattr(report, "user_properties", ()):
+    for category, result in _RESULTS.items():
+        for report in stats.get(category, ()):
+            for name, value in report.user_properties:
                 if name == "fault":
                     file, _, test = report.nodeid.partition("[")[0].rpartition("::")
                     what, outcome = value
                     place = f"{file.rpartition('/')[2].removesuffix('.py')}.{test}"
-                    results = rows.setdefault((what, outcome, place), set())
-                    results.add(_RESULTS.get(category, NOT))
+                    rows.setdefault((what, outcome, place), set()).add(result)
     order = (NOT, AS_EXPECTED, NOT_RUN)
     return {row: min(results, key=order.index) for row, results in rows.items()}
 

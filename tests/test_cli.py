@@ -158,7 +158,7 @@ def test_a_key_given_twice_and_a_model_without_tokenizer_are_named(
     assert "holds no tokenizer; save it there" in capsys.readouterr().err
     config_file.write_text(config_file.read_text() + "max_steps: 9\n")
     assert main(["train", str(config_file)]) == 2
-    assert "max_steps: is given 2 times" in capsys.readouterr().err
+    assert "max_steps is given twice, first in line" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

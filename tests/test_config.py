@@ -174,7 +174,7 @@ def test_wrong_values_are_named(values, message):
     ("text", "message"),
     [
         ("a: [", "cannot be read as YAML"),
-        ("- 1\n", "must hold `key: value` lines, got list"),
+        ("- 1\n", "must hold `key: value` lines, got \\[1\\]"),
     ],
 )
 def test_files_that_are_no_configuration_are_named(tmp_path, text, message):

@@ -5,11 +5,12 @@ A key at its default is never refused, so that a configuration written out in fu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+from .checks import shown
 
 Values = Mapping[str, Any]
 
@@ -31,10 +32,10 @@ class Need:
     def problem(self, key: str, values: Values) -> str:
         """Say what is set, why it has no effect, and what to write."""
         switch, current = self.switches[0], values[self.switches[0]]
-        why = f"with {switch}: {_text(current)}"
+        why = f"with {switch}: {shown(current, quoted=False)}"
         if current is None or current is False:
             why = f"without {switch}{'' if current is None else ': true'}"
-        value = _text(values[key])
+        value = shown(values[key], quoted=False)
         return f"{key}: has no effect {why}, got {value}; {self.remedy}, or leave {key} out"
 
 
@@ -99,11 +100,6 @@ def _with_loss(loss_type: str, keys: str) -> Need:
     return _need(
         keys, "loss_type", lambda o: o.loss_type == loss_type, f"write loss_type: {loss_type}"
     )
-
-
-def _text(value: Any) -> str:
-    """Return a value as YAML has it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")

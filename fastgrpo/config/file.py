@@ -10,17 +10,15 @@ import difflib
 import re
 import types
 import typing
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from fastgrpo_kernels import GRPOLossConfig
 
-from .checks import ConfigError
+from .checks import ConfigError, named, shown
 from .effects import OF_TRAINING, switched_off
+from .text import MOST_BYTES, read_yaml
 from .train import DEFAULTS, LOSS_KEYS, TrainConfig
 from .trl import translate
 
@@ -43,25 +41,12 @@ def load_config(
             the order of the file.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; the repository has examples in configs/"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
-    counts = Counter(key.value for key, _ in yaml.compose(text).value) if values else Counter()
-    problems = [f"{key}: is given {n} times" for key, n in counts.items() if n > 1]
+    values = _read(path)
     over = _parse(overrides)
     # What is overridden may be wrong, or another name of what it is overridden with.
     first, of_file = translate({k: v for k, v in values.items() if k not in over}, values | over)
     second, of_overrides = translate(over, values | over)
-    problems += [*of_file, *of_overrides]
+    problems = [*of_file, *of_overrides]
     try:
         return _build(first | second, problems, order=values | over, overrides=second, kind=kind)
     except ConfigError as error:
@@ -102,16 +87,46 @@ def suggestion(key: str) -> str | None:
     return _MEANT.get(name, nearest[0] if nearest else None)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a file.
+
+    Raises:
+        ConfigError: names it, and the line.
+    """
+    place = shown(str(path), quoted=False)
+    try:
+        with path.open("rb") as file:  # also one without end, such as /dev/zero
+            source = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{place}: no such file; the repository has examples in configs/"
+        ) from None
+    except (OSError, ValueError) as error:  # the second of NUL in its name
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(f"{place}: cannot be read: {why}; name a YAML file") from None
+    if len(source) > MOST_BYTES:
+        raise ConfigError(f"{place}: is longer than {MOST_BYTES} bytes; name a YAML file")
+    try:
+        values = read_yaml(source)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{place}: must hold `key: value` lines, got {shown(values)}")
+    return values or {}
+
+
 def _parse(overrides: Iterable[str]) -> dict[str, Any]:
     over: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r}: overrides look like key=value")
+            raise ConfigError(f"{shown(override)}: overrides look like key=value")
+        if key in over:
+            raise ConfigError(f"{named(key)}: is given twice on the command line; leave one out")
         try:
-            over[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {value!r} cannot be read as YAML: {error}") from None
+            over[key] = read_yaml(value)
+        except ConfigError as error:
+            raise ConfigError(f"{named(key)}: {error}") from None
     return over
 
 
@@ -137,7 +152,8 @@ def _build(
     for key, value in values.items():
         if key not in DEFAULTS:
             meant = suggestion(str(key))
-            problems.append(f"{key}: unknown key{f'; did you mean {meant}?' if meant else ''}")
+            remedy = f"did you mean {meant}?" if meant else "and none is like it; leave it out"
+            problems.append(f"{named(key)}: unknown key{'; ' if meant else ', '}{remedy}")
             wrong.add(meant or "")
             continue
         try:
@@ -167,9 +183,13 @@ def _build(
         problems += [x for x in str(error).splitlines() if wrong.isdisjoint(_WORD.findall(x))]
     places = {str(key): place for place, key in enumerate(order)}
     problems.sort(key=lambda problem: places.get(_key_of(problem), len(places)))
+    if len(problems) > _MOST_TOLD:
+        problems[_MOST_TOLD:] = [f"and {len(problems) - _MOST_TOLD} more"]
     raise ConfigError("\n".join(problems)) from None
 
 
+_MOST_TOLD = 100
+"""Problems in one message."""
 _WORD = re.compile(r"[^\s:='\"]+")
 
 
@@ -197,25 +217,36 @@ def _convert(value: Any, hint: Any) -> Any:
             return "no"  # YAML reads a bare no as false
         if value in arguments and type(value) is str:
             return value
-        raise ConfigError(f"must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        raise ConfigError(f"must be one of {', '.join(map(str, arguments))}, got {shown(value)}")
     if origin is list:
         if not isinstance(value, list):
-            raise ConfigError(f"must be a list, got {value!r}")
+            raise ConfigError(f"must be a list, got {shown(value)}")
         return [_convert(item, arguments[0]) for item in value]
     if origin is dict:
         if isinstance(value, dict):
+            for name in value:
+                if not isinstance(name, str):
+                    raise ConfigError(f"must have texts as keys, got {shown(name)}")
             return value
-        raise ConfigError(f"must be `key: value` pairs, got {value!r}")
+        raise ConfigError(f"must be `key: value` pairs, got {shown(value)}")
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-6 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) is hint:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"must be at most {LARGEST} in size, got {shown(value)}")
+        if isinstance(value, str) and _NOWHERE.search(value):
+            raise ConfigError(f"has a character that no text has, got {shown(value)}; delete it")
         return value
-    raise ConfigError(f"must be {_NAMES[hint]}, got {value!r}")
+    raise ConfigError(f"must be {_NAMES[hint]}, got {shown(value)}")
 
 
+LARGEST = 2**63 - 1
+"""Of whole numbers: what PyTorch counts with."""
+_NOWHERE = re.compile("[\\0\\ud800-\\udfff]")
+"""What neither a path nor a file in UTF-8 can have."""
 _NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 _MEANT = {
     name: key

@@ -53,6 +53,7 @@ def test_results_are_of_tests_with_all_their_cases():
         "failed": [report("test_a[2]", one)],
         "skipped": [report("test_b[2]", two), report("test_c", two)],
         "error": [report("test_d", two)],
+        "deselected": [report("test_e", two)],
     }
     assert fault_rows(stats) == {
         ("a", "b", "test_y.test_a"): "NOT as expected",
