@@ -6,18 +6,19 @@ import argparse
 import dataclasses
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .readable import plain
+from .signals import exit_status, handled, interrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0 done, 1 the run failed, 2 wrong input and nothing written, 130 interrupted.
+    0 done, 1 the run failed, 2 wrong input and nothing written, 128 + N ended by signal N: 130
+    Ctrl-C, 143 SIGTERM, 138 SIGUSR1 (on Linux).
     """
     parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO, on one GPU or several.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train",
         help="train a model",
         description="Train a model; the run directory is printed at the end.",
+        epilog="Ctrl-C, SIGTERM and SIGUSR1 stop a run after the step it is in and save it; a "
+        "second one ends it at once. Exit status: 0 done, 1 the run failed, 2 wrong input and "
+        "nothing written, 128 + N stopped by signal N (130 by Ctrl-C, 143 by SIGTERM).",
     )
     plan_parser = commands.add_parser(
         "plan",
@@ -83,24 +87,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = [*getattr(options, "overrides", []), *late]
     # As it is imported bitsandbytes misses a kernel for CPUs that is not needed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
-        if options.command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            if os.environ.get("RANK") == "0":
-                complain(f"{options.command}: is for one process; leave torchrun out")
-            return 2
-        if options.command == "plan":
-            return plan(options.config, overrides, options.gpu_memory, options.prompt_length)
-        if options.command == "eval":
-            return evaluate(options, overrides)
-        if options.command == "report":
-            return report(options.run, options.out)
-        from .train_command import train
-
-        return train(options.config, overrides, resume=options.resume == "auto")
-    except KeyboardInterrupt:
+        with handled(interrupt):
+            return _run(options, overrides)
+    except KeyboardInterrupt as error:
         complain("interrupted before anything was written")
-        return 130
+        return exit_status(error)
+
+
+def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the command that is asked for."""
+    if options.command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("RANK") == "0":
+            complain(f"{options.command}: is for one process; leave torchrun out")
+        return 2
+    if options.command == "plan":
+        return plan(options.config, overrides, options.gpu_memory, options.prompt_length)
+    if options.command == "eval":
+        return evaluate(options, overrides)
+    if options.command == "report":
+        return report(options.run, options.out)
+    from .train_command import train
+
+    return train(options.config, overrides, resume=options.resume == "auto")
 
 
 def _as_overrides(unknown: Sequence[str], arguments: Sequence[str]) -> str:
@@ -220,9 +229,9 @@ def evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
         complain(error, advice)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         complain("interrupted")
-        return 130
+        return exit_status(error)
     except (ValueError, OSError, ImportError) as error:
         complain(error)
         return 2

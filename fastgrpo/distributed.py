@@ -87,6 +87,14 @@ class World:
         self.gather(None)
         return result if first else function()  # pyright: ignore[reportReturnType]
 
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers that all ranks call it with."""
+        if self.size == 1:
+            return number
+        box = torch.tensor(number)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
     def sum_(self, x: Tensor) -> Tensor:
         """Add the tensors of all ranks, in place."""
         if self.size > 1:

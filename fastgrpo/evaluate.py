@@ -6,7 +6,7 @@ P prompts, G completions of each, B = P * G completions, K reward functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,22 @@ class Evaluator:
     Each prompt has its own, however many are sampled at once (of a `rollout_fn` see `Engine`).
     """
 
-    def __init__(self, config: TrainConfig, sampler: Sampler, dataset: Dataset) -> None:
-        self.config, self.sampler, self.dataset = config, sampler, dataset
+    def __init__(
+        self,
+        config: TrainConfig,
+        sampler: Sampler,
+        dataset: Dataset,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take what is measured.
+
+        Args:
+            config: the run.
+            sampler: of its policy.
+            dataset: the prompts.
+            check: called before each batch; what it raises ends the evaluation.
+        """
+        self.config, self.sampler, self.dataset, self.check = config, sampler, dataset, check
 
     def batches(
         self, num_generations: int = 1, sampling: SamplingParams | None = None
@@ -44,6 +58,7 @@ class Evaluator:
         sampler.rollout.update_weights(sampler.policy.model)
         with sampler.policy.whole():
             for first in range(0, len(self.dataset), at_once):
+                self.check()
                 rows = self.dataset[first : first + at_once]
                 seeds = prompt_seeds(self.config.seed, first, len(rows["prompt"]), "eval")
                 yield sampler.sample(
@@ -99,10 +114,13 @@ class Evaluator:
 
 
 def evaluator_of(
-    config: TrainConfig, sampler: Sampler, dataset: Dataset | None
+    config: TrainConfig,
+    sampler: Sampler,
+    dataset: Dataset | None,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluator | None:
     """Return what measures the first `max_eval_samples` prompts of a test split, if any."""
     if dataset is None:
         return None
     count = min(config.max_eval_samples or len(dataset), len(dataset))
-    return Evaluator(config, sampler, dataset.select(range(count)))
+    return Evaluator(config, sampler, dataset.select(range(count)), check)

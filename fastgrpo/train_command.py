@@ -13,9 +13,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from .cli import complain
+from .signals import SIGNALS, Stopped, exit_status
 
 _PATIENCE = 5.0
 """Seconds for torchrun to see the process that has failed first."""
@@ -24,8 +24,8 @@ _PEER_LOST = (
     "names it and how it ended, and --resume auto goes on from the last checkpoint"
 )
 _TERMINATED = (
-    "interrupted by torchrun, which was told to end, or has lost another process: what it says "
-    "below names that one"
+    "interrupted by torchrun, which was told to end, or has lost another process (what it says "
+    "below names that one)"
 )
 
 
@@ -37,7 +37,7 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"fastgrpo: loading {config_file}", file=sys.stderr, flush=True)
     else:  # has nothing to tidy up, and the first process tells of an interrupt
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
     # Imported here, where an impatient Ctrl-C is caught: they take seconds.
     from .config import load_config
@@ -47,8 +47,7 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
 
     trainer = None
     try:
-        if join_world().size > 1:
-            _tell_of_sigterm()
+        join_world()
         with warnings.catch_warnings(record=True) as told:
             config = load_config(config_file, overrides)
         check_restarts(config.output_dir)
@@ -58,10 +57,30 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
         for text in dict.fromkeys(str(each.message) for each in told):
             trainer.journal.warn(0, f"warning: {text}")
         trainer.train()
+    except Stopped as stopped:
+        return _stop(stopped)
     except (Exception, KeyboardInterrupt) as error:
         return _fail(error, config_file, None if trainer is None else trainer.run.path)
     leave_world()
     return 0
+
+
+def _stop(stopped: Stopped) -> int:
+    """Tell of a run that was asked to stop; all processes are here, and end together."""
+    from .distributed import joined_world, leave_world, record_failure
+
+    world = joined_world()
+    if world.size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once one of them has ended
+    if world.is_main:
+        complain(stopped)
+    record_failure(str(stopped))
+    world.gather(None)  # what the first process has to close is closed by now
+    if world.size > 1:
+        sys.stderr.flush()
+        os._exit(exit_status(stopped))
+    leave_world()
+    return exit_status(stopped)
 
 
 def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | None) -> int:
@@ -114,12 +133,14 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
 
 def _outcome(error: Exception | KeyboardInterrupt, *, begun: bool) -> tuple[int, str | None]:
     """Return the exit status and what to say; None: the traceback."""
-    from .distributed import lost_peer
+    from .distributed import joined_world, lost_peer
     from .rewards import RewardError
     from .rollout_fn import RolloutError
 
     if isinstance(error, KeyboardInterrupt):
-        return 130, str(error) or "interrupted" + ("" if begun else " before anything was written")
+        forwarded = joined_world().size > 1 and exit_status(error) == 128 + signal.SIGTERM
+        what = _TERMINATED if forwarded else "interrupted"
+        return exit_status(error), what + ("" if begun else " before anything was written")
     if lost_peer(error):
         return 1, _PEER_LOST
     if not begun and isinstance(error, ValueError | OSError | ImportError):
@@ -132,16 +153,6 @@ def _out_of_memory() -> type[Exception]:
     from torch import OutOfMemoryError
 
     return OutOfMemoryError
-
-
-def _tell_of_sigterm() -> None:
-    """Say of SIGTERM what it means under torchrun, where it is what the first process gets."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(_TERMINATED)
-
-    if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
-        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _place(run: Path) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ import torch
 from .adapters import base_trained
 from .assets import Assets, load_assets
 from .batch import Batch
-from .checkpoint import begin_checkpoint, finish_checkpoint, name_base, nameless_base
 from .config import TrainConfig, is_due
 from .console import Console
 from .distributed import join_world
@@ -32,6 +30,7 @@ from .prompt_order import hashed_seed
 from .rollout_fn import RolloutFunction
 from .run_directory import RunDirectory
 from .samples import Sampler
+from .saving import leave, save, save_base, save_step
 from .setup import (
     build_judges,
     build_rollout,
@@ -41,7 +40,8 @@ from .setup import (
     notes,
     prepare,
 )
-from .training_state import can_be_saved, load_base, load_state, save_state
+from .signals import StopAsked, StopRequest
+from .training_state import can_be_saved, load_base, load_state
 
 
 class Trainer:
@@ -116,12 +116,15 @@ class Trainer:
         )
         check_datasets(config, assets, self.sampler)
         self.collector = Collector(config, self.sampler, self.train_dataset)
-        self.test = evaluator_of(config, self.sampler, assets.test_dataset)
+        self.stop = StopRequest(self.world.largest, joined=self.world.joined)
+        self.test = evaluator_of(config, self.sampler, assets.test_dataset, self.stop.check)
         self.num_steps = config.num_steps(len(self.train_dataset))
         self.epoch = config.steps_per_epoch(len(self.train_dataset))
         self.learner = Learner(config, self.policy, self.world, self.num_steps)
         self.sampler.state.max_steps = self.num_steps
         self.step = self.tokens_seen = 0
+        self.saved_step = -1
+        self.taken: dict[str, Any] | None = None
         self.before: dict[str, float] = {}
         self.waiting: list[Batch] = []
         self.generation_metrics: dict[str, float] = {}
@@ -141,13 +144,20 @@ class Trainer:
         if checkpoint is not None:
             load_base(self.run.base, self.policy.model)
             load_state(checkpoint / "state", self)
+            self.saved_step = self.step
         step = self.step if checkpoint is not None else -1  # also what was said before the first
         self.world.on_main(lambda: self.run.cut(step))
         if checkpoint is not None:
             self.journal.console.message(f"resumed after step {self.step}: {checkpoint}")
 
     def train(self) -> dict[str, Any]:
-        """Run all steps and return what `summary.json` holds."""
+        """Run all steps and return what `summary.json` holds.
+
+        Raises:
+            Stopped: a signal has asked for it, Ctrl-C for example; what is saved is told. A second
+                one does what it does elsewhere. Handlers of your own, and another thread than the
+                main one, know nothing of this.
+        """
         config, journal, start = self.config, self.journal, time.perf_counter()
         with closing(self.judges), journal, journal.console:
             for note in notes(config, self.policy):
@@ -157,18 +167,15 @@ class Trainer:
             journal.console.phase("train", self.num_steps)
             if config.eval_on_start and self.test is not None and self.step == 0:
                 journal.step({"step": 0} | self.test.metrics(), fresh=False)
-            while self.step < self.num_steps:
-                times: dict[str, float] = {}
-                if not self.waiting:
-                    batches, self.generation_metrics = self.collect(self.step + 1, times)
-                    # Each batch of the generation once, then all of them again.
-                    self.waiting = batches * config.num_iterations
-                batch = self.waiting.pop(0)
-                metrics = self.generation_metrics | self.optimise(batch, times)
-                self.step += 1
-                self.finish_step(self.step, batch, metrics, times)
-            self.save(self.run.path / "final")
-            after = self.test_accuracy("after")
+            with self.stop.listening(journal.console.message):
+                try:
+                    while self.taken or self.step < self.num_steps:
+                        self.taken = self.taken or self.take_step()
+                        self.finish_step(**self.taken)
+                    save(self, self.run.path / "final")
+                    after = self.test_accuracy("after")
+                except StopAsked as asked:
+                    raise leave(self, asked.number) from None
             facts = {"steps": self.num_steps, "num_tokens": self.tokens_seen}
             seconds = time.perf_counter() - start
             return self.world.on_main(
@@ -178,24 +185,37 @@ class Trainer:
     def begin(self) -> None:
         """Do what comes before the first step of a run that is not resumed."""
         self.warm_start()
-        self.keep_base()
+        save_base(self)
         self.before = self.test_accuracy("before")
 
-    def keep_base(self) -> None:
-        """Save what adapters were put on, if there is no name to load it by."""
-        policy, base = self.policy, nameless_base(self.policy.model)
-        if base is not None:
-            path, parameters = self.run.base, policy.state_dict(base)
-            self.world.on_main(lambda: name_base(path, policy.model, policy.tokenizer, parameters))
-
-    def finish_step(
-        self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
-    ) -> None:
-        """Do what follows an optimisation step: measure, log, save."""
-        config = self.config
-        self.sampler.state.global_step = step
+    def take_step(self) -> dict[str, Any]:
+        """Take an optimisation step; return what `finish_step` needs, which JSON can hold."""
+        times: dict[str, float] = {}
+        if not self.waiting:
+            batches, self.generation_metrics = self.collect(self.step + 1, times)
+            # Each batch of the generation once, then all of them again.
+            self.waiting = batches * self.config.num_iterations
+        batch = self.waiting.pop(0)
+        metrics = self.generation_metrics | self.optimise(batch, times)
+        self.step += 1
+        self.sampler.state.global_step = self.step
         if self.learner.reference is not None:
-            self.learner.reference.sync(step)
+            self.learner.reference.sync(self.step)
+        self.journal.warn(self.step, *self.sampler.take_problems())
+        return {"metrics": metrics, "times": times, "tokens": batch.num_completion_tokens}
+
+    def finish_step(self, metrics: dict[str, float], times: dict[str, float], tokens: int) -> None:
+        """Do what follows an optimisation step: measure, log, save.
+
+        Args:
+            metrics: of the step.
+            times: what it spent where, in seconds.
+            tokens: counted ones of its completions.
+
+        Raises:
+            StopAsked: the run is to stop, before or after all that.
+        """
+        config, step = self.config, self.step
         every, last = config.eval_steps or config.logging_steps, step == self.num_steps
         measures = is_due(config.eval_strategy, every, step, self.epoch)
         measures |= last and config.eval_strategy != "no"  # as in transformers, where the last
@@ -203,11 +223,16 @@ class Trainer:
         saves |= last and config.save_strategy == "epoch"  # step ends an epoch too
         if self.test is not None and measures:
             metrics = metrics | self.test.metrics()
-        self.log(step, batch, metrics, times)
+            self.journal.warn(step, *self.sampler.take_problems())
+        seconds = sum(times.values())
+        metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
+        metrics |= {f"time/{name}": value for name, value in times.items()}
+        metrics["tokens_per_second"] = tokens / seconds
+        self.journal.step(metrics, fresh="generate" in times)
+        self.taken = None
         if saves:
-            state = can_be_saved(self.learner) and not config.save_only_model
-            self.save(self.run.path / "checkpoints" / f"step-{step}", state=state)
-            self.world.on_main(lambda: self.run.remove_old_checkpoints(config.save_total_limit))
+            save_step(self)
+        self.stop.check()
 
     def warm_start(self) -> None:
         """Teach the untrained model of a task until GRPO has something to reinforce."""
@@ -248,17 +273,6 @@ class Trainer:
         with timed(times, "train"):
             return self.learner.optimise(batch)
 
-    def log(
-        self, step: int, batch: Batch, metrics: dict[str, float], times: dict[str, float]
-    ) -> None:
-        """Write a step's line to metrics.jsonl and show it."""
-        seconds = sum(times.values())
-        self.journal.warn(step, *self.sampler.take_problems())
-        metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
-        metrics |= {f"time/{name}": value for name, value in times.items()}
-        metrics["tokens_per_second"] = batch.num_completion_tokens / seconds
-        self.journal.step(metrics, fresh="generate" in times)
-
     def test_accuracy(self, when: str) -> dict[str, float]:
         """Return the first reward function's mean on the test split, greedy and sampled."""
         if self.test is None:
@@ -267,21 +281,3 @@ class Trainer:
         found = {"greedy": self.test.accuracy(temperature=0.0), "sampled": self.test.accuracy()}
         self.journal.warn(self.sampler.state.global_step, *self.sampler.take_problems())
         return found
-
-    def save(self, path: Path, *, state: bool = False) -> None:
-        """Write a Hugging Face checkpoint.
-
-        Args:
-            path: its directory.
-            state: with what the run needs to go on from it.
-        """
-        policy, world = self.policy, self.world
-        aside = world.on_main(lambda: begin_checkpoint(path))
-        if state:
-            save_state(aside / "state", self)
-        parameters = policy.state_dict(policy.model)
-        world.on_main(
-            lambda: finish_checkpoint(
-                path, aside, policy.model, policy.tokenizer, state_dict=parameters
-            )
-        )

@@ -152,6 +152,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
         "entropy_bonus": learner.entropy_bonus.state_dict(),
         "before": trainer.before,
         "generation_metrics": trainer.generation_metrics,
+        "taken": trainer.taken,
         "waiting": [[batch is one for one in batches].index(True) for batch in trainer.waiting],
     }
 
@@ -178,6 +179,7 @@ def load_state(path: Path, trainer: Trainer) -> None:
     learner.entropy_bonus.load_state_dict(numbers["entropy_bonus"])
     trainer.before = numbers["before"]
     trainer.generation_metrics = numbers["generation_metrics"]
+    trainer.taken = numbers["taken"]
     batches = _load_batches(path / _BATCHES, learner.policy.device)
     trainer.waiting = [batches[i] for i in numbers["waiting"]]
 

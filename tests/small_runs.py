@@ -1,8 +1,10 @@
 """Runs on local files, short enough for a test."""
 
 import json
+import re
 
 import torch
+from safetensors.torch import load_file
 
 from fastgrpo.config import config_from
 
@@ -41,6 +43,27 @@ def run_config(tmp_path, dataset, model, **values):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def left_by(run):
+    """Return the lines that a run leaves, without what depends on how long it took, and its end."""
+    found = {}
+    for name in ("metrics", "completions", "rewards", "warnings"):
+        path = run / f"{name}.jsonl"
+        found[name] = [
+            {key: value for key, value in line.items() if not re.search("time|memory|_per_", key)}
+            for line in (lines(path) if path.exists() else [])
+        ]
+    (weights,) = (run / "final").glob("*.safetensors")
+    return found, load_file(weights)
+
+
+def assert_same_run(found, wanted):
+    """Compare what `left_by` has returned of two runs, bit by bit."""
+    assert found[0] == wanted[0]
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        assert torch.equal(found[1][name], value), name
 
 
 HALF_SILENT = """

@@ -271,28 +271,33 @@ def test_a_run_without_a_step_leaves_the_directories_that_were_there(
     assert {path: path.lstat().st_mode for path in place.rglob("*")} == there
 
 
-@pytest.mark.parametrize("before", [0, 1])
-def test_sigterm_ends_a_run_as_an_interrupt_does(
-    tmp_path, monkeypatch, config_file, capsys, before
-):
+@pytest.mark.fault(
+    "SIGTERM before the first step, and in it",
+    "the run ends at once and leaves nothing; it is saved, and the command says how to go on",
+)
+@pytest.mark.parametrize("trains", [False, True])
+def test_sigterm_ends_a_run_with_its_own_status(tmp_path, monkeypatch, config_file, capsys, trains):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
         "import os, signal\n"
-        "def judge(completions, trainer_state, **columns):\n"
-        f"    if trainer_state.global_step == {before}:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def judge(completions, **columns):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return [1.0] * len(completions)\n"
     )
     handler = signal.getsignal(signal.SIGTERM)
-    overrides = ["reward_funcs=[mine.py:judge]", "reward_timeout=null", "max_steps=2"]
-    try:
-        assert main(["train", str(config_file), *overrides, "output_dir=run"]) == 130
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    overrides = ["reward_funcs=[mine.py:judge]", "reward_timeout=null", "output_dir=run"]
+    overrides += [] if trains else ["dataset_test_split=train"]  # measured first
+    assert main(["train", str(config_file), *overrides]) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is handler
     error = capsys.readouterr().err
-    assert "fastgrpo: interrupted\n" in error
-    assert ("run directory: run" if before else "nothing was written") in error
-    assert (tmp_path / "run").exists() == bool(before)
+    told = "interrupted\nnothing was written"
+    if trains:
+        told = (
+            "stopped by SIGTERM after step 1, saved in run/checkpoints/step-1; start it again with "
+            "output_dir=run and --resume auto to go on"
+        )
+    assert error.endswith(f"fastgrpo: {told}\n")
+    assert (tmp_path / "run").exists() == trains
 
 
 @pytest.mark.filterwarnings("default:.*caps ratios")

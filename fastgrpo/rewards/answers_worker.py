@@ -30,7 +30,9 @@ def read(text: str) -> list[Any]:
 
 def serve() -> None:
     """Answer until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes stdin
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # are for the parent, which closes stdin
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr  # nothing math-verify prints is taken for a reply
     print("ready", file=replies, flush=True)

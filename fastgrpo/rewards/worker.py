@@ -150,6 +150,10 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         send(replies, reply)
 
 
+def stay(number: int, frame: object) -> None:
+    """Do nothing about a signal."""
+
+
 def main(pipes: list[str]) -> None:
     """Serve, with the parent's pipes: one it closes as it ends, one for stacks it asks for."""
     if sys.platform != "win32" and pipes:
@@ -159,6 +163,10 @@ def main(pipes: list[str]) -> None:
         die_with_parent(lifeline)
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
     faulthandler.enable()
+    # A scheduler may send these to all processes of a job; the run has a step to finish, and the
+    # end of the parent is the end of this one. (Ignored, they would be so in programs it starts.)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stay)
     serve(*private_pipes())
 
 
