@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from small_models import CONFIGS, small_model, small_tokenizer
+from small_models import CONFIGS, small_tokenizer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from transformers import Gemma2Config, PhiConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig
 
 from fastgrpo.assets import Assets
 from fastgrpo.batch import Batch, make_batch
@@ -232,11 +232,26 @@ def completions(kind: str, seed: int, vocabulary: int, count: int = B) -> Batch:
 
 
 def model_of(case: Case) -> Any:
-    model = small_model(FAMILIES[case.family], case.tie)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(1)
-        for parameter in model.parameters():  # of some, biases and gains start without a gradient
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    tokenizer = small_tokenizer()
+    config = FAMILIES[case.family](
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=case.tie,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():  # of some families biases and gains start where gradients are 0
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
     model.to(case.dtype)
     if case.frozen_head:
         model.get_output_embeddings().requires_grad_(False)
