@@ -9,12 +9,16 @@ B sequences, N tokens of all of them, L tokens of the longest.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgrpo_kernels import GRPOLossConfig
@@ -210,3 +214,40 @@ def micro_batches(
             passes.append([i])
             used.append(lengths[i])
     return passes
+
+
+def save_batches(path: Path, batches: Sequence[Batch]) -> None:
+    """Write batches to a file (safetensors), to the last bit."""
+    tensors = {
+        f"{i}.{name}": value.contiguous()
+        for i, batch in enumerate(batches)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
+    }
+    save_file(tensors, path, {"lengths": json.dumps([batch.lengths for batch in batches])})
+
+
+def load_batches(path: Path, device: torch.device) -> list[Batch]:
+    """Return what `save_batches` has written.
+
+    Args:
+        path: the file.
+        device: of the model.
+    """
+    with safe_open(path, framework="pt") as file:
+        lengths: list[list[int]] = json.loads(file.metadata()["lengths"])
+        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    for name, value in named.items():
+        if not name.endswith(Batch.ON_CPU):
+            named[name] = value.to(device)
+    return [
+        Batch(
+            lengths=each,
+            **{
+                name.partition(".")[2]: value
+                for name, value in named.items()
+                if name.startswith(f"{i}.")
+            },
+        )
+        for i, each in enumerate(lengths)
+    ]

@@ -1,60 +1,35 @@
-"""Optimisation steps: a batch in, an updated policy and the step's metrics out.
-
-Every rank has the whole batch and runs the passes that fall to it; a rank that has fewer than
-another runs one without effect in their place, since all take part in all collectives.
-"""
+"""Optimisation steps: a batch in, an updated policy and the step's metrics out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from .batch import Batch, micro_batches
-from .config import TrainConfig
-from .distributed import World, deal
-from .entropy_bonus import EntropyBonus
-from .loss import (
-    SAMPLING_DIFFERENCE,
-    batch_logps,
-    batch_loss,
-    importance_metrics,
-    sampler_correction,
-    sampling_difference,
+from .bad_steps import (
+    BadStep,
+    BadSteps,
+    forget_other_weights,
+    random_states,
+    save_bad_step,
+    set_random_states,
 )
-from .metrics import StepMetrics, peak_memory_gib, sequence_means
+from .batch import Batch
+from .checkpoint import save_checkpoint
+from .config import TrainConfig
+from .distributed import World
+from .entropy_bonus import EntropyBonus
+from .gradient import Passes, Step
+from .loss import batch_logps, importance_metrics, sampler_correction
+from .metrics import StepMetrics, peak_memory_gib
 from .model import Policy
 from .optim import build_optimizer, clip_gradients
 from .ref_model import Reference
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Which rank runs which sequences of a batch in which pass."""
-
-    of_ranks: list[list[list[int]]]
-    imbalance: float
-    """Tokens of the rank that has most, over their mean."""
-
-    @property
-    def rounds(self) -> int:
-        """Passes that every rank runs, those without effect included."""
-        return max(map(len, self.of_ranks))
-
-    @property
-    def num(self) -> int:
-        """Passes with sequences, of all ranks."""
-        return sum(map(len, self.of_ranks))
-
-    @property
-    def rows(self) -> list[int]:
-        """All sequences that are run."""
-        return [row for passes in self.of_ranks for rows in passes for row in rows]
-
-    def of(self, rank: int) -> list[list[int]]:
-        """Return the passes of a rank; those without effect are empty."""
-        own = self.of_ranks[rank]
-        return own + [[] for _ in range(self.rounds - len(own))]
+from .token_budget import TokenBudget
+from .trace import first_bad
 
 
 class Learner:
@@ -76,33 +51,15 @@ class Learner:
         self.optimizer, self.scheduler = build_optimizer(policy.model, config, num_steps)
         self.entropy_bonus = EntropyBonus(config)
         self.reference = Reference(policy, config) if config.loss.beta > 0 else None
+        self.budget = TokenBudget(config, world, packed=policy.packed)
+        self.bad_steps = BadSteps(config)
+        self.run_directory: Path | None = None
+        """Where steps that are not taken are kept; None: they are not."""
+        self._problems: list[str] = []
 
     def passes(self, batch: Batch) -> Passes:
         """Divide a batch among the ranks, and what falls to each among its passes."""
-        config, world = self.config, self.world
-        rows = list(range(len(batch)))
-        # Means and quantiles of a micro-batch depend on all that is in it.
-        whole = config.loss.loss_type == "bnpo" or config.top_entropy_quantile < 1
-        if config.filter_zero_advantages and not (whole or config.use_adaptive_entropy):
-            rows = batch.contributing(config.loss)
-
-        def divide(rows: list[int]) -> list[list[int]]:
-            passes = micro_batches(
-                [batch.lengths[i] for i in rows],
-                size=config.per_device_train_batch_size,
-                max_tokens=config.max_tokens_per_microbatch,
-                padded=not self.policy.packed,
-            )
-            return [[rows[i] for i in each] for each in passes]
-
-        if whole:  # the very micro-batches of one process
-            passes = divide(rows)
-            of_ranks = [passes[rank :: world.size] for rank in range(world.size)]
-        else:
-            hands = deal([batch.lengths[i] for i in rows], world.size)
-            of_ranks = [divide([rows[i] for i in hand]) for hand in hands]
-        loads = [sum(batch.lengths[i] for each in passes for i in each) for passes in of_ranks]
-        return Passes(of_ranks, max(loads) * world.size / sum(loads) if any(loads) else 1.0)
+        return self.budget.passes(batch)
 
     def add_logps(self, batch: Batch, *, is_policy: bool = True) -> dict[str, float]:
         """Add the log-probs the loss will need beside the policy's own, as far as it will.
@@ -114,75 +71,151 @@ class Learner:
         Returns:
             Metrics of the difference between sampler and policy, if they are not the same.
         """
-        config, temperature = self.config, self.config.temperature
-        passes = self.passes(batch)
-        own = passes.of(self.world.rank)
+        config = self.config
         moves = config.optimizer_steps_per_generation > 1
         if moves or not is_policy:
-            logps = batch_logps(self.policy, batch, own, temperature)
-            batch.old_logps = self.world.sum_(logps)
+            batch.old_logps = self._logps(self.policy, batch)
         if not is_policy and config.vllm_importance_sampling_correction:
             batch.importance_weights = sampler_correction(batch, config)
         if self.reference is not None:
             with self.reference.ready() as reference:
-                logps = batch_logps(reference, batch, own, temperature)
-            batch.ref_logps = self.world.sum_(logps)
-        return importance_metrics(batch, passes.rows)
+                batch.ref_logps = self._logps(reference, batch)
+        return importance_metrics(batch, self.passes(batch).rows)
 
-    def optimise(self, batch: Batch) -> dict[str, float]:
-        """Take one optimisation step on a batch, a micro-batch at a time; return its metrics."""
+    def _logps(self, policy: Policy, batch: Batch) -> Tensor:
+        def run(passes: Passes, own: Iterable[list[int]]) -> Tensor:
+            return batch_logps(policy, batch, own, self.config.temperature)
+
+        return self.world.sum_(self.budget.run(batch, run))
+
+    def optimise(self, batch: Batch, step: int = 0) -> dict[str, float]:
+        """Take one optimisation step on a batch, a micro-batch at a time; return its metrics.
+
+        A step whose numbers have gone wrong is not taken: parameters and the states of the
+        optimizer stay as they are. The schedule goes on, so that the learning rate of a step does
+        not depend on those before it.
+
+        Args:
+            batch: of the step.
+            step: its number, under which it is kept if it is not taken.
+
+        Raises:
+            FloatingPointError: too many steps in a row could not be taken.
+            torch.OutOfMemoryError: memory ran out, and smaller passes are no way out.
+        """
         config, policy, world = self.config, self.policy, self.world
-        model, loss = policy.model, self.entropy_bonus.loss
-        totals = StepMetrics(sequence_means(loss))
-        totals.add({"loss": 0.0, **dict.fromkeys(SAMPLING_DIFFERENCE, 0.0)}, weight=0)  # no signal
-        with policy.packing():
-            model.train()
-            self.optimizer.zero_grad()  # also of what came before, a warm start for example
-            passes = self.passes(batch)
-            share = 1 / passes.num if config.loss.loss_type == "bnpo" else 1.0
-            keep = config.num_iterations > 1 and batch.old_logps is None
-            logps = torch.zeros_like(batch.sampling_logps)
-            for i, rows in enumerate(passes.of(world.rank), 1):
-                policy.begin_pass(last=i == passes.rounds)
-                micro = batch.select(rows) if rows else batch.without_effect()
-                output = batch_loss(
-                    policy, micro, loss, batch, options=config, num_passes=passes.num
-                )
-                part = output.loss * share
-                # FSDP2 averages the gradients of the ranks, and their sum is the step's.
-                (part * world.size).backward()
-                if not rows:
-                    continue
-                if keep:
-                    index = batch.tokens_of(rows).to(logps.device, non_blocking=True)
-                    logps[index] = output.logps
-                report = {"loss": part, **sampling_difference(output.logps, micro)}
-                totals.add(output.metrics | report, weight=micro.num_completion_tokens)
-            policy.reshard()  # what passes without a gradient have left gathered as well
-            if not passes.num:  # a gradient of 0, which momentum outlives, is not no gradient
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.grad = torch.zeros_like(parameter)
+        random, loss = random_states(policy.device), self.entropy_bonus.loss
+        keep = config.num_iterations > 1 and batch.old_logps is None
+
+        def run(passes: Passes, own: Iterable[list[int]]) -> tuple[Step, StepMetrics, Tensor]:
+            set_random_states(random, policy.device)
+            step = Step(policy, config, loss, batch, passes, world)
+            return step, *step.accumulate(own, keep=keep)
+
+        parts, totals, logps = self.budget.run(batch, run)
+        # All ranks go by what the first has found.
+        grad_norm = world.gather(clip_gradients(policy.model, config.max_grad_norm))[0]
+        metrics = totals.result(world.gather)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        reason = self.bad_steps.reason(metrics["loss"], grad_norm)
+        if reason is None:
+            self.bad_steps.took(grad_norm)
             if keep:
                 batch.old_logps = world.sum_(logps)  # the policy as it was, at no cost
-            grad_norm = clip_gradients(model, config.max_grad_norm)
-            learning_rate = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()
+            self.entropy_bonus.update(metrics.get("entropy"))
+        else:
+            self._skip(step, reason, (metrics["loss"], grad_norm), parts, random)
+        with warnings.catch_warnings():
+            # PyTorch's, of a run whose first step was not taken.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
-            self.optimizer.zero_grad()  # frees the gradients while sampling
-        return self._metrics(batch, passes, totals) | {
+        self.optimizer.zero_grad()  # frees the gradients while sampling
+        return self._metrics(batch, parts.passes, metrics) | {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
         }
 
-    def _metrics(self, batch: Batch, passes: Passes, totals: StepMetrics) -> dict[str, float]:
-        """Return what all ranks have measured in a step together."""
-        gather = self.world.gather
-        metrics = totals.result(gather)
-        metrics |= {"num_sequences": len(batch), "num_computed_sequences": len(passes.rows)}
+    def _skip(
+        self,
+        number: int,
+        reason: str,
+        values: tuple[float, float],
+        step: Step,
+        random: dict[str, Tensor],
+    ) -> None:
+        """Find out where a step went wrong, keep it, and say so.
+
+        Raises:
+            FloatingPointError: there were too many.
+        """
+        bad_steps, world = self.bad_steps, self.world
+        bad_steps.skip()
+        self.optimizer.zero_grad()
+        set_random_states(random, self.policy.device)
+        finding = first_bad(step)
+        said = f"step {number}: {reason}" + (f"; {finding}" if finding else "")
+        if self.run_directory is not None:
+            name = f"step-{number}"
+            begins = bad_steps.weights is None
+            bad = BadStep(
+                number,
+                reason,
+                *values,
+                finding,
+                step.passes.of_ranks,
+                self.entropy_bonus.state_dict(),
+                name if bad_steps.weights is None else bad_steps.weights,
+            )
+            folder = self.run_directory / "bad_steps" / name
+            everyone = world.gather(random)
+            weights = self.policy.state_dict(self.policy.model) if begins else {}
+            write = partial(self._write, folder, bad, step.batch, everyone, weights)
+            try:
+                kept = world.on_main(write)
+            except OSError as error:  # a full disk is no reason to end the run
+                said += f"; it could not be kept: {error}"
+            else:
+                bad_steps.weights = bad.weights
+                said += f"; `fastgrpo replay {folder}` runs it again{kept}"
+        bad_steps.check(said)
+        self._problems.append(f"{said}; it was not taken, and the weights are as they were")
+
+    def _write(
+        self,
+        folder: Path,
+        bad: BadStep,
+        batch: Batch,
+        random: list[dict[str, Tensor]],
+        weights: dict[str, Tensor],
+    ) -> str:
+        """Write a step that is not taken; return how much its parameters take, if they are new."""
+        save_bad_step(folder, bad, batch, random)
+        if not weights:
+            return ""
+        policy, place = self.policy, folder / "weights"
+        save_checkpoint(place, policy.model, policy.tokenizer, state_dict=weights)
+        forget_other_weights(folder)
+        size = sum(file.stat().st_size for file in place.iterdir())
+        return f" (its weights take {size / 2**30:.2g} GiB)"
+
+    def take_problems(self) -> list[str]:
+        """Return what went wrong since the last time, a sentence each."""
+        problems, self._problems = self.budget.take_problems() + self._problems, []
+        return problems
+
+    def _metrics(self, batch: Batch, passes: Passes, metrics: dict[str, float]) -> dict[str, float]:
+        """Return what all ranks have measured in a step, with what is known of it beside."""
+        metrics = metrics | {
+            "num_sequences": len(batch),
+            "num_computed_sequences": len(passes.rows),
+            "skipped_steps": self.bad_steps.skipped,
+        }
         if self.world.size > 1:
             metrics["parallel/imbalance"] = passes.imbalance
-        self.entropy_bonus.update(metrics.get("entropy"))
         if self.config.use_adaptive_entropy:
             metrics["entropy_coef"] = self.entropy_bonus.coefficient
-        return metrics | {"memory/peak_gib": max(gather(peak_memory_gib(self.policy.device)))}
+        if self.budget.lowered:
+            metrics["memory/max_tokens_per_microbatch"] = self.budget.max_tokens or 0
+        peaks = self.world.gather(peak_memory_gib(self.policy.device))
+        return metrics | {"memory/peak_gib": max(peaks)}

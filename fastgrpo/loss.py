@@ -5,7 +5,7 @@ N tokens of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -104,7 +104,7 @@ def batch_loss(
 
 @torch.no_grad()
 def batch_logps(
-    policy: Policy, batch: Batch, passes: list[list[int]], temperature: float
+    policy: Policy, batch: Batch, passes: Iterable[list[int]], temperature: float
 ) -> Tensor:
     """Return the log-probs (N,) of a batch's completions, 0 where masked.
 

@@ -77,10 +77,7 @@ def warmup_steps(config: TrainConfig, num_steps: int) -> int:
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients down to `max_norm` and return the norm they had, computed in fp32.
 
-    With 0 they are left as they are.
-
-    Raises:
-        FloatingPointError: the norm is infinite or NaN; weights and gradients are untouched.
+    With 0 they are left as they are, and so they are if the norm is infinite or NaN.
     """
     found = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     if not found:
@@ -95,12 +92,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
         total.sqrt_()
     total = total.cpu()  # the one wait for the device
     norm, scale = float(total), float((max_norm or math.inf) / (total + 1e-6))
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the norm of the gradient is {norm}; the weights are still those of the step before. "
-            "Lower learning_rate, or look at the last rewards in completions.jsonl"
-        )
-    if scale < 1:
+    if scale < 1 and math.isfinite(norm):
         for gradient in gradients:
             gradient.mul_(scale)
     return norm

@@ -29,7 +29,7 @@ _MAY_DIFFER = frozenset(
         *("parallel", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("max_tokens_per_microbatch", "max_generation_batch_size", "per_device_eval_batch_size"),
         *("gradient_checkpointing", "activation_offloading", "offload_ref_model", "torch_compile"),
-        *("cuda_graph", "cpu_threads", "reward_timeout"),
+        *("cuda_graph", "cpu_threads", "reward_timeout", "max_bad_steps"),
         *("save_strategy", "save_steps", "save_only_model", "save_total_limit", "logging_steps"),
         *("num_completions_to_log", "output_dir", "report_to", "project", "run_name"),
     }

@@ -90,6 +90,7 @@ class Trainer:
             self.run = world.on_main(lambda: RunDirectory(config, run_name, given, resume=resume))
             if world.is_main:
                 undo.callback(self.run.discard)
+            self.learner.run_directory = self.run.path
             journal = Journal if world.is_main else MuteJournal
             self.journal = journal(config, self.run, console, self.judges.names)
             if resume:
@@ -201,7 +202,8 @@ class Trainer:
         self.sampler.state.global_step = self.step
         if self.learner.reference is not None:
             self.learner.reference.sync(self.step)
-        self.journal.warn(self.step, *self.sampler.take_problems())
+        problems = [*self.sampler.take_problems(), *self.learner.take_problems()]
+        self.journal.warn(self.step, *problems)
         return {"metrics": metrics, "times": times, "tokens": batch.num_completion_tokens}
 
     def finish_step(self, metrics: dict[str, float], times: dict[str, float], tokens: int) -> None:
@@ -271,7 +273,7 @@ class Trainer:
         # Dropout depends on no other step, so that a run can be resumed.
         torch.manual_seed(hashed_seed("train", self.config.seed, self.step, self.world.rank))
         with timed(times, "train"):
-            return self.learner.optimise(batch)
+            return self.learner.optimise(batch, self.step + 1)
 
     def test_accuracy(self, when: str) -> dict[str, float]:
         """Return the first reward function's mean on the test split, greedy and sampled."""

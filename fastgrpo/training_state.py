@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -28,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from .batch import Batch
+from .batch import load_batches, save_batches
 from .checkpoint import nameless_base, point_to_base, without_adapters
 from .learner import Learner
 
@@ -150,6 +148,8 @@ def save_state(path: Path, trainer: Trainer) -> None:
         "prompts": trainer.collector.prompts.state_dict(),
         "scheduler": learner.scheduler.state_dict(),
         "entropy_bonus": learner.entropy_bonus.state_dict(),
+        "token_budget": learner.budget.state_dict(),
+        "bad_steps": learner.bad_steps.state_dict(),
         "before": trainer.before,
         "generation_metrics": trainer.generation_metrics,
         "taken": trainer.taken,
@@ -158,7 +158,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
 
     def write() -> None:
         (path / _NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        _save_batches(path / _BATCHES, batches)
+        save_batches(path / _BATCHES, batches)
 
     trainer.world.on_main(write)
 
@@ -177,38 +177,10 @@ def load_state(path: Path, trainer: Trainer) -> None:
     ):
         group["lr"] = rate
     learner.entropy_bonus.load_state_dict(numbers["entropy_bonus"])
+    learner.budget.load_state_dict(numbers["token_budget"])
+    learner.bad_steps.load_state_dict(numbers["bad_steps"])
     trainer.before = numbers["before"]
     trainer.generation_metrics = numbers["generation_metrics"]
     trainer.taken = numbers["taken"]
-    batches = _load_batches(path / _BATCHES, learner.policy.device)
+    batches = load_batches(path / _BATCHES, learner.policy.device)
     trainer.waiting = [batches[i] for i in numbers["waiting"]]
-
-
-def _save_batches(path: Path, batches: list[Batch]) -> None:
-    tensors = {
-        f"{i}.{name}": value.contiguous()
-        for i, batch in enumerate(batches)
-        for name, value in vars(batch).items()
-        if isinstance(value, Tensor)
-    }
-    save_file(tensors, path, {"lengths": json.dumps([batch.lengths for batch in batches])})
-
-
-def _load_batches(path: Path, device: torch.device) -> list[Batch]:
-    with safe_open(path, framework="pt") as file:
-        lengths: list[list[int]] = json.loads(file.metadata()["lengths"])
-        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    for name, value in named.items():
-        if not name.endswith(Batch.ON_CPU):
-            named[name] = value.to(device)
-    return [
-        Batch(
-            lengths=each,
-            **{
-                name.partition(".")[2]: value
-                for name, value in named.items()
-                if name.startswith(f"{i}.")
-            },
-        )
-        for i, each in enumerate(lengths)
-    ]

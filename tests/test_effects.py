@@ -82,6 +82,7 @@ EFFECTS = {
     ),
     "num_train_epochs": (1, {"max_steps": 9}, {}),
     "eval_on_start": (True, {"dataset_test_split": "test"}, {"eval_strategy": "epoch"}),
+    "grad_norm_window": (7, {}, {"max_grad_norm_ratio": 10.0}),
     "num_generations_eval": (2, {}, {"eval_strategy": "steps"}),
     "eval_steps": (7, {"eval_strategy": "epoch"}, {"eval_strategy": "steps"}),
     "max_eval_samples": (7, {"dataset_name": "d"}, {"dataset_test_split": "test"}),
@@ -103,6 +104,7 @@ EFFECTIVE = {
     *("off_policy_mask_threshold", "use_adaptive_entropy", "loss_type", "beta", "entropy_coef"),
     *("importance_sampling_level", "learning_rate", "optim", "bf16_updates", "offload_optimizer"),
     *("lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm_ratio", "max_bad_steps"),
     *("max_grad_norm", "output_dir", "report_to", "logging_steps", "num_completions_to_log"),
     "run_name",  # the report is called by it, whatever trackers there are
     "per_device_eval_batch_size",  # `fastgrpo eval` reads it, whatever is measured in training

@@ -133,13 +133,12 @@ def test_gradients_in_bf16_are_clipped_by_their_norm_in_fp32():
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_a_gradient_that_is_no_number_is_refused_before_it_does_harm(bad):
+def test_a_gradient_that_is_no_number_is_left_as_it_is(bad):
     model = Weights(torch.bfloat16)
     model.set_gradients(0)
     model.vector.grad[3] = bad
     before = model.matrix.grad.clone()
-    with pytest.raises(FloatingPointError, match=f"norm of the gradient is {bad}"):
-        clip_gradients(model, 1.0)
+    assert repr(clip_gradients(model, 1.0)) == repr(bad)
     assert torch.equal(model.matrix.grad, before)
 
 
@@ -343,5 +342,4 @@ def test_without_a_largest_norm_gradients_are_left_as_they_are():
     assert clip_gradients(model, 0) == pytest.approx(norm, rel=1e-6)
     assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, given)
     model.vector.grad[0] = torch.inf
-    with pytest.raises(FloatingPointError):
-        clip_gradients(model, 0)
+    assert clip_gradients(model, 0) == math.inf

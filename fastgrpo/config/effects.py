@@ -218,6 +218,12 @@ NEEDS = (
         lambda o: not o.lr_scheduler_type.startswith("constant"),
         "write a schedule that takes arguments, cosine_with_min_lr for example",
     ),
+    _need(
+        "grad_norm_window",
+        "max_grad_norm_ratio",
+        lambda o: o.max_grad_norm_ratio is not None,
+        "write max_grad_norm_ratio: 10, or another number",
+    ),
     _need("num_train_epochs", "max_steps", lambda o: o.max_steps < 1, "write max_steps: -1"),
     # Evaluations, logs, checkpoints.
     _need(
@@ -263,6 +269,7 @@ NEEDS = (
 OF_TRAINING = _keys(
     """learning_rate optim offload_optimizer lr_scheduler_type lr_scheduler_kwargs warmup_steps
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    max_grad_norm_ratio grad_norm_window max_bad_steps
 
     mask_truncated_completions top_entropy_quantile off_policy_mask_threshold use_adaptive_entropy
     entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target

@@ -52,12 +52,23 @@ class OptimOptions:
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: they are not."""
+    max_grad_norm_ratio: float | None = None
+    """A step whose gradient has a norm above so many times the median of those of the steps before
+    is not taken; None: it is."""
+    grad_norm_window: int = 20
+    """Steps whose norms make that median: the last that were taken and had a signal. Until there
+    are as many, every step is taken."""
+    max_bad_steps: int = 5
+    """Steps in a row that may be passed over, for a loss or gradient that is infinite or NaN, or by
+    max_grad_norm_ratio; the next ends the run. 0: the first does."""
 
     def optim_problems(self, *, dtype: str, use_peft: bool) -> Iterator[str]:
         """Yield what is wrong with these values."""
         yield from at_least(
-            self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"
-        )
+            self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
+            "max_bad_steps",
+        )  # fmt: skip
+        yield from at_least(self, 1, "grad_norm_window", "max_grad_norm_ratio")
         yield from above_zero(self, "adam_epsilon")
         yield from below_one(self, "adam_beta1", "adam_beta2")
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ from step_cases import completions
 
 from fastgrpo.config import ConfigError, config_from
 from fastgrpo.distributed import World, deal
-from fastgrpo.learner import Learner, Passes
+from fastgrpo.gradient import Passes
 from fastgrpo.metrics import StepMetrics
+from fastgrpo.token_budget import TokenBudget
 
 QUICK = settings(deadline=None, max_examples=40)
 SIZES = st.integers(1, 9)
@@ -60,10 +60,7 @@ def passes_of(size: int, kind: str = "unequal", **options: Any) -> Passes:
         {"per_device_train_batch_size": 4, "max_completion_length": 41, "num_generations": 4}
         | options
     )
-    learner: Any = SimpleNamespace(
-        config=config, world=World(0, size), policy=SimpleNamespace(packed=True)
-    )
-    return Learner.passes(learner, completions(kind, 1, 100))
+    return TokenBudget(config, World(0, size), packed=True).passes(completions(kind, 1, 100))
 
 
 @pytest.mark.parametrize("size", [2, 3, 20])
