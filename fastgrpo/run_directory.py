@@ -72,6 +72,7 @@ class RunDirectory:
         if resume and (begun := _begun(config.output_dir)) is not None:
             self.path = begun
             _check_same(begun, values, config.completions_per_step)
+            (begun / "summary.json").unlink(missing_ok=True)  # from now on it is not finished
         else:
             self.path, self._made = _create(config.output_dir, name)
         self._write("config.yaml", yaml.safe_dump(values, sort_keys=False))
@@ -228,6 +229,8 @@ def _check_same(path: Path, values: Mapping[str, Any], completions_per_step: int
     before: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     now: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(values)))
     may_differ = _MAY_DIFFER
+    if _is_longer(before, now):
+        may_differ = may_differ | {"max_steps", "num_train_epochs"}
     if now["loss_type"] == "bnpo" or now["top_entropy_quantile"] < 1:  # means over micro-batches
         may_differ = may_differ - {"per_device_train_batch_size"}
     for key in [*now, *(before.keys() - now.keys())]:
@@ -245,6 +248,36 @@ def _check_same(path: Path, values: Mapping[str, Any], completions_per_step: int
             f"completions, from {processes} process{'es' if processes > 1 else ''}, and now it "
             f"would have {completions_per_step}; change it so that they are as many"
         )
+
+
+def _is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Say whether a run is to have more steps than it had, and those it has taken are the same."""
+    schedule, warmup = now["lr_scheduler_type"], now["warmup_steps"]
+    ends_nowhere = schedule == "constant" or (
+        schedule == "constant_with_warmup" and (warmup >= 1 or warmup == 0)
+    )
+    lengths = [(each["max_steps"], each["num_train_epochs"]) for each in (before, now)]
+    same_unit = (lengths[0][0] > 0) == (lengths[1][0] > 0)
+    return ends_nowhere and same_unit and lengths[1] > lengths[0]
+
+
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """Return what summary.json holds if the run that is to go on is done.
+
+    Raises:
+        ValueError: it was configured in another way.
+    """
+    path = _begun(config.output_dir)
+    if path is None or not (path / "summary.json").is_file():
+        return None
+    before: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    values, objects = config.flat(), path / "objects.json"
+    for key in json.loads(objects.read_text(encoding="utf-8")) if objects.is_file() else ():
+        values[key] = before[key]
+    _check_same(path, values, config.completions_per_step)
+    if _is_longer(before, values):
+        return None
+    return json.loads((path / "summary.json").read_text(encoding="utf-8"))
 
 
 def is_bare(run: Path) -> bool:

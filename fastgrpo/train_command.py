@@ -53,6 +53,9 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
         check_restarts(config.output_dir)
         resume = resume or is_restarted()
         trainer = Trainer(config, run_name=Path(config_file).stem, resume=resume)
+        if trainer.summary is not None:  # of a run that is finished
+            leave_world()
+            return 0
         note_begun()
         for text in dict.fromkeys(str(each.message) for each in told):
             trainer.journal.warn(0, f"warning: {text}")

@@ -28,7 +28,7 @@ from .learner import Learner
 from .metrics import timed
 from .prompt_order import hashed_seed
 from .rollout_fn import RolloutFunction
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, finished
 from .samples import Sampler
 from .saving import leave, save, save_base, save_step
 from .setup import (
@@ -67,7 +67,8 @@ class Trainer:
             rollout_fn: a function in place of the configuration's name.
             run_name: how a new directory under `runs/` is called.
             console: where the first process shows progress.
-            resume: go on from the newest checkpoint in `output_dir`, or begin if there is none.
+            resume: go on from the newest checkpoint in `output_dir`, or begin if there is none. Of
+                a run that is finished nothing is loaded, and `train` returns its summary.
 
         Raises:
             ValueError: something does not exist or does not fit; the message says what to do.
@@ -78,6 +79,10 @@ class Trainer:
         if not world.is_main:
             console = Console.mute()
         console = console or Console(logging_steps=config.logging_steps)
+        self.summary = world.on_main(lambda: finished(config)) if resume else None
+        if self.summary is not None:
+            console.message(f"the run in {config.output_dir} is finished: there is nothing to do")
+            return
         self.judges = build_judges(config, reward_funcs)
         with ExitStack() as undo:
             undo.callback(self.judges.close)
@@ -159,6 +164,8 @@ class Trainer:
                 one does what it does elsewhere. Handlers of your own, and another thread than the
                 main one, know nothing of this.
         """
+        if self.summary is not None:
+            return self.summary
         config, journal, start = self.config, self.journal, time.perf_counter()
         with closing(self.judges), journal, journal.console:
             for note in notes(config, self.policy):

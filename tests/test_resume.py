@@ -1,18 +1,21 @@
 """Runs of one process that are resumed; tests/parallel/test_resharding.py has those of several."""
 
+import dataclasses
 import json
 import re
 import shutil
+from hashlib import sha256
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_models import small_model, small_tokenizer
-from small_runs import lines, run_config
+from small_models import save_small_model, small_model, small_tokenizer
+from small_runs import assert_same_run, left_by, lines, run_config
 from transformers import AutoModelForCausalLM
 
 from fastgrpo.assets import Assets
+from fastgrpo.cli import main
 from fastgrpo.config import config_from
 from fastgrpo.json_lines import read_lines
 from fastgrpo.run_directory import RunDirectory
@@ -39,7 +42,7 @@ def brought(values, tmp_path, problems):
     """Return a configuration and objects without a name, new ones each time."""
     from datasets import load_dataset
 
-    config = run_config(tmp_path, problems, None, **QUICK, **values)
+    config = run_config(tmp_path, problems, None, **{**QUICK, **values})
     rows = load_dataset("json", data_files=str(problems), split="train")
     model = small_model()
     return config, Assets(model=model, tokenizer=small_tokenizer(), train_dataset=rows)
@@ -47,6 +50,7 @@ def brought(values, tmp_path, problems):
 
 def cut(run, step):
     """Take a run's last checkpoints, as if it had been killed soon after an earlier one."""
+    (run / "summary.json").unlink(missing_ok=True)
     for path in (run / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
@@ -101,20 +105,56 @@ def test_a_resumed_run_is_the_run_that_went_through(tmp_path, word_problems, val
     assert torch.equal(*logits)
 
 
-def test_a_run_that_is_done_can_be_resumed_and_one_without_a_checkpoint_begins_again(
-    tmp_path, word_problems
-):
+def test_a_run_without_a_checkpoint_begins_again(tmp_path, word_problems):
     run = tmp_path / "run"
     whole = None
-    for left in (None, 3, 0):
-        if left is not None:
-            cut(run, left)
+    for resume in (False, True):
         config, assets = brought({"use_peft": True, "lora_r": 2}, tmp_path, word_problems)
-        trainer = Trainer(config, assets, reward_funcs=letter_e, resume=left is not None)
-        assert trainer.step == (left or 0)
+        trainer = Trainer(config, assets, reward_funcs=letter_e, resume=resume)
+        assert trainer.step == 0
         trainer.train()
         whole = whole or files(run)
         assert files(run) == whole
+        cut(run, 0)
+
+
+@pytest.mark.fault("resuming a run that is finished", "no byte changes, and it is no error")
+def test_a_finished_run_is_left_as_it_is(tmp_path, word_problems, capsys):
+    run = tmp_path / "run"
+    model = save_small_model(tmp_path / "model")
+    config = run_config(tmp_path, word_problems, model, **QUICK, lr_scheduler_type="linear")
+    summary = Trainer(config, reward_funcs=letter_e).train()
+
+    def left():
+        return {
+            path: (path.stat().st_mtime_ns, path.is_file() and sha256(path.read_bytes()).digest())
+            for path in [run, *run.rglob("*")]
+        }
+
+    before = left()
+    shutil.rmtree(model)  # is not loaded
+    again = dataclasses.replace(config, logging_steps=2)
+    assert Trainer(again, reward_funcs=letter_e, resume=True).train() == summary
+    capsys.readouterr()
+    assert main(["train", str(run / "config.yaml"), f"output_dir={run}", "--resume", "auto"]) == 0
+    assert f"the run in {run} is finished: there is nothing to do\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"learning_rate: is 0.1 now, and 0.01 in the run in"):
+        Trainer(dataclasses.replace(config, learning_rate=0.1), resume=True)
+    with pytest.raises(ValueError, match="max_steps: is 4 now, and 3 in the run in"):
+        Trainer(dataclasses.replace(config, max_steps=4), resume=True)  # the schedule has an end
+    assert left() == before
+
+
+def test_a_finished_run_whose_schedule_has_no_end_can_be_made_longer(tmp_path, word_problems):
+    config, assets = brought({"max_steps": 2}, tmp_path, word_problems)
+    Trainer(config, assets, reward_funcs=letter_e).train()
+    config, assets = brought({}, tmp_path, word_problems)
+    trainer = Trainer(config, assets, reward_funcs=letter_e, resume=True)
+    assert trainer.step == 2 and not (tmp_path / "run" / "summary.json").exists()
+    assert trainer.train()["steps"] == 3
+    config, assets = brought({"output_dir": str(tmp_path / "whole")}, tmp_path, word_problems)
+    Trainer(config, assets, reward_funcs=letter_e).train()
+    assert_same_run(left_by(tmp_path / "run"), left_by(tmp_path / "whole"))
 
 
 def config_of(tmp_path, **values):
@@ -131,7 +171,7 @@ def config_of(tmp_path, **values):
     ("values", "sentence"),
     [
         ({"learning_rate": 1e-3}, "learning_rate: is 0.001 now, and 1e-06 in the run in "),
-        ({"max_steps": 10}, "max_steps: is 10 now, and 9 in the run in "),
+        ({"max_steps": 8}, "max_steps: is 8 now, and 9 in the run in "),
         ({"beta": 0.1}, "beta: is 0.1 now, and 0.0 in the run in "),
         (
             {"per_device_train_batch_size": 16},
