@@ -188,7 +188,7 @@ class Sampler:
             )
             for i, one in enumerate(drawn)
         ]
-        return samples, scores.metrics, scores.problems
+        return samples, scores.metrics, self.rollout.take_problems() + scores.problems
 
     def take_problems(self) -> list[str]:
         """Return what went wrong in reward functions since the last time, a sentence each."""

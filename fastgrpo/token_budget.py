@@ -6,7 +6,6 @@ change what a step computes, so nothing is lost but time.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -16,28 +15,9 @@ from .batch import Batch
 from .config import TrainConfig
 from .distributed import World
 from .gradient import Passes, depends_on_passes, divide
+from .shortage import free_memory, shortage
 
 T = TypeVar("T")
-
-_SAID = (  # of PyTorch's allocator on a CPU, and of cuBLAS, which allocates by itself
-    *("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-)
-
-
-def shortage(error: Exception) -> str | None:
-    """Return what an error says of memory that ran out, in a sentence; None: it is another."""
-    out = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if not out and not (isinstance(error, RuntimeError) and any(x in str(error) for x in _SAID)):
-        return None
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.partition(". GPU ")[0].removesuffix(".")  # what follows is advice about PyTorch
-
-
-def free_memory() -> None:
-    """Give back what an error, and the frames it came through, had held."""
-    gc.collect()  # graphs have cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class TokenBudget:

@@ -150,6 +150,7 @@ class Elsewhere:
     def __init__(self, rollout, shift):
         self.rollout, self.shift = rollout, shift
         self.update_weights, self.sleep = rollout.update_weights, rollout.sleep
+        self.take_problems = rollout.take_problems
 
     def generate(self, *args):
         found = self.rollout.generate(*args)

@@ -30,6 +30,7 @@ class GivenOrSampled:
     def __init__(self, rollout: Rollout, cell: TrainerCell, recorder: Recorder) -> None:
         self.rollout, self.cell, self.recorder = rollout, cell, recorder
         self.update_weights, self.sleep = rollout.update_weights, rollout.sleep
+        self.take_problems = rollout.take_problems
 
     def generate(self, prompt_ids: list[list[int]], *rest: Any) -> Completions:
         length = self.recorder.given_length()

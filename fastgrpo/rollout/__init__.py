@@ -168,6 +168,10 @@ class Rollout(Protocol):
         """Take the weights of the policy after an optimisation step."""
         ...
 
+    def take_problems(self) -> list[str]:
+        """Return what went wrong since the last time, a sentence each."""
+        ...
+
     def sleep(self) -> None:
         """Give memory back before training; again, it does nothing; `generate` wakes up."""
         ...

@@ -84,6 +84,8 @@ class _GraphedStep:
                 ),
             ):
                 self.step()
+        except torch.OutOfMemoryError:
+            raise  # fewer rows may do
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.owner.refuse(f"they cannot be captured as a CUDA graph ({reason})")

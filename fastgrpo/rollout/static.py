@@ -19,6 +19,7 @@ from fastgrpo.rollout import Completions, SamplingParams, longest_request, new_s
 from fastgrpo.rollout.cache import budget_bytes, fitting_rows, row_bytes
 from fastgrpo.rollout.cuda_graph import GraphedSteps
 from fastgrpo.rollout.decoder import Decoder, StaticModel, StepMaker, as_it_is
+from fastgrpo.shortage import free_memory, shortage
 
 # By type of device. On a GPU a check waits and fewer rows need another graph; on a CPU a check is
 # free and dropping rows costs less than a step with them.
@@ -60,7 +61,9 @@ class StaticCacheRollout:
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, or None for no bound, got {max_batch}")
         self._model = StaticModel(model, list(eos_token_ids), pad_token_id)
-        self._max_batch = max_batch
+        self.max_batch = max_batch
+        """Completions decoded at once, fewer than were asked for once memory has run out."""
+        self._problems: list[str] = []
         self._cuda_graph = cuda_graph
         self._on_message = on_message
         self._graphed: GraphedSteps | None = None
@@ -92,9 +95,13 @@ class StaticCacheRollout:
         Returns:
             P * G completions on the model's device.
 
+        Where memory runs out the same is sampled again with half as many completions at once, and
+        so it is from then on.
+
         Raises:
             ValueError: what is asked for makes no sense (`longest_request`), or a prompt and its
                 completion do not fit in the model's positions.
+            torch.OutOfMemoryError: one completion alone does not fit.
         """
         self._check(*longest_request(prompt_ids, num_generations, sampling, seeds, max_lengths))
         device: torch.device = self._model.model.device
@@ -106,8 +113,30 @@ class StaticCacheRollout:
                 uniforms_PGT, seeds or new_seeds(len(prompt_ids)), strict=True
             ):
                 uniforms_GT.uniform_(generator=generator.manual_seed(seed))
-        longest = max(map(len, prompt_ids)) + sampling.max_completion_length
-        rows = self._max_batch or self._fitting_rows(longest, num_generations, sampling)
+        while True:
+            longest = max(map(len, prompt_ids)) + sampling.max_completion_length
+            rows = self.max_batch or self._fitting_rows(longest, num_generations, sampling)
+            rows = min(rows, len(prompt_ids) * num_generations)
+            try:
+                return self._sample(prompt_ids, sampling, uniforms_PGT, rows, max_lengths)
+            except Exception as error:
+                said = shortage(error)
+                if said is None:
+                    raise
+            # The error is gone here, and with it the frames that held the caches.
+            self._halve(rows, said)
+            free_memory()
+
+    def _sample(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: SamplingParams,
+        uniforms_PGT: torch.Tensor,
+        rows: int,
+        max_lengths: Sequence[int] | None,
+    ) -> Completions:
+        """Sample so many completions at once, and all after each other."""
+        device, num_generations = uniforms_PGT.device, uniforms_PGT.shape[1]
         prompts_at_once = max(1, rows // num_generations)
         copies_at_once = min(rows, num_generations)
         run = partial(
@@ -142,6 +171,28 @@ class StaticCacheRollout:
             logps=torch.cat([part.logps for part in parts])[:, :length],
             finished=torch.cat([part.finished for part in parts]),
         )
+
+    def _halve(self, rows: int, said: str) -> None:
+        """Decode half as many completions at once from now on.
+
+        Raises:
+            torch.OutOfMemoryError: it was one already.
+        """
+        failed = f"out of memory while {rows} completion{'s were' if rows > 1 else ' was'} sampled"
+        if rows == 1:
+            raise torch.OutOfMemoryError(
+                f"{failed} ({said}): lower max_completion_length, or take shorter prompts"
+            )
+        self.max_batch = rows // 2
+        self._problems.append(
+            f"{failed} at once ({said}): from now on {self.max_batch} at most; "
+            f"max_generation_batch_size={self.max_batch} says so from the start"
+        )
+
+    def take_problems(self) -> list[str]:
+        """Return what went wrong since the last time, a sentence each."""
+        problems, self._problems = self._problems, []
+        return problems
 
     def update_weights(self, model: object) -> None:
         """Do nothing: an optimisation step has changed the weights that are sampled from."""

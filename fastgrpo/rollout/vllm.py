@@ -181,6 +181,10 @@ class VLLMRollout:
         self._model = model
         self._stale = True
 
+    def take_problems(self) -> list[str]:
+        """Return nothing: vLLM makes do with the memory it has taken at its start."""
+        return []
+
     def sleep(self) -> None:
         """Give the memory back until the next `generate`; without `enable_sleep_mode`, nothing."""
         if self._sleeps and not self._asleep:

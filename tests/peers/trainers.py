@@ -101,6 +101,9 @@ class Given:
     def update_weights(self, model: object) -> None:
         """Do nothing: no weights are read."""
 
+    def take_problems(self) -> list[str]:
+        return []
+
     def sleep(self) -> None:
         """Do nothing: no memory is held."""
 
