@@ -10,6 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from .durable import writing
+
 
 def plain(value: Any) -> Any:
     """Return what JSON has for a value: tensors are numbers or lists, NaN and infinities null.
@@ -32,13 +34,58 @@ def append_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Append objects to a file, which is made if it is not there; they are written when it returns.
 
     A half of a character, which has no UTF-8, is written as its code.
+
+    Raises:
+        WriteError: the disk is full, for example; the file is as it was before.
     """
-    with Path(path).open("a", encoding="utf-8", errors="backslashreplace") as file:
-        for line in lines:
-            file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+    text = "".join(
+        json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n" for line in lines
+    )
+    # As few writes as there can be: who reads it meanwhile finds whole lines.
+    rest = memoryview(text.encode("utf-8", "backslashreplace"))
+    with writing(Path(path)), Path(path).open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            file.truncate(size)
+            raise
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Return the objects of a file."""
-    with Path(path).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """Return the objects of a file, but for a last one that is only being written.
+
+    Raises:
+        ValueError: a line is none; says which.
+    """
+    return [line for _, line in whole_lines(Path(path))]
+
+
+def whole_lines(path: Path, key: str | None = None) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines of a file, as they are and as objects.
+
+    Left out is a last one without an end: its process was killed as it wrote it, or writes it now.
+
+    Args:
+        path: of the file.
+        key: one that each object has; None: any objects.
+
+    Raises:
+        ValueError: a line is no such object; says which.
+    """
+    found: list[tuple[bytes, dict[str, Any]]] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                value = json.loads(line) if line.endswith(b"\n") and line.strip() else None
+            except ValueError:
+                value = "damaged"
+            if isinstance(value, dict) and (key is None or key in value):
+                found.append((line, cast("dict[str, Any]", value)))
+            elif value is not None:
+                raise ValueError(
+                    f"{path}:{number}: is no JSON object of a run, so that something else has "
+                    "written to the file; mend the line, or take it out"
+                )
+    return found
