@@ -11,7 +11,11 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .durable import sync, writing
+from .manifest import seal
+
 T = TypeVar("T")
+_NUMBERED = [f"-{i}" for i in range(2, 1000)]
 
 
 def save_checkpoint(
@@ -23,38 +27,90 @@ def save_checkpoint(
     can be found, `AutoModelForCausalLM.from_pretrained(path)` loads both. Options are those of
     `save_pretrained`.
     """
-    aside = begin_checkpoint(path)
-    finish_checkpoint(path, aside, model, tokenizer, **options)
+    begin_checkpoint(path)
+    try:
+        finish_checkpoint(path, model, tokenizer, **options)
+    except BaseException:
+        discard_checkpoint(path)
+        raise
 
 
 def begin_checkpoint(path: Path) -> Path:
-    """Make the directory in which a checkpoint is written before it has its name."""
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Make the directory in which a checkpoint is written before it has its name.
+
+    Raises:
+        WriteError: the disk is full, for example.
+    """
+    aside = _aside(path)
+    with writing(path):
+        discard_checkpoint(path)
+        aside.mkdir(parents=True)
     return aside
+
+
+def discard_checkpoint(path: Path) -> None:
+    """Remove what has been written of a checkpoint that has no name yet."""
+    shutil.rmtree(_aside(path), ignore_errors=True)
 
 
 def finish_checkpoint(
     path: Path,
-    aside: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     **options: Any,
 ) -> None:
-    """Add the model to what else is in the directory, and give it its name."""
+    """Add the model to what else has been written of a checkpoint, and give it its name.
+
+    Raises:
+        WriteError: the disk is full, for example.
+    """
+    aside = _aside(path)
     if hasattr(model, "get_base_model"):
         # Else PEFT would ask the Hub whether the embeddings, which are frozen, have another size.
         options["save_embedding_layers"] = False
-    with _no_progress_bar():  # it would tear the live display
-        model.save_pretrained(aside, **options)
-    tokenizer.save_pretrained(aside)
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a process that died right here
-    if path.exists():  # of a run that goes on from before it
-        path.replace(old)
-    aside.replace(path)
+    with writing(path):
+        with _no_progress_bar():  # it would tear the live display
+            model.save_pretrained(aside, **options)
+        tokenizer.save_pretrained(aside)
+        seal(aside)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a process that died right here
+        if path.exists():
+            path.replace(old)
+        aside.replace(path)
+        sync(path.parent)
+        sync(path.parent.parent)  # the first of its kind has made a directory
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; what is half deleted has its name no more."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")))
+
+
+def put_aside(path: Path) -> Path:
+    """Give a damaged checkpoint another name, which is returned."""
+    names = (path.with_name(f"damaged-{path.name}{end}") for end in ("", *_NUMBERED))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def tidy(folder: Path) -> None:
+    """Do what a process that died could not in a directory of checkpoints.
+
+    What was only being written or deleted goes; what was to be replaced has its name again.
+    """
+    for path in folder.glob(".*.old"):
+        name = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        if not name.exists():
+            path.rename(name)
+    for end in ("partial", "deleted", "old"):
+        for path in folder.glob(f".*.{end}"):
+            if path.is_dir():
+                shutil.rmtree(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def nameless_base(model: Any) -> PreTrainedModel | None:

@@ -24,6 +24,8 @@ class Journal:
         self.reward_names = list(reward_names)
         self.health = Health(config)
         self.trackers = build_trackers(config, run.path, console.warning)
+        if run.left_by is not None:
+            console.message(f"taken over from {run.left_by}, which has died")
 
     def __enter__(self) -> Journal:
         return self
@@ -38,6 +40,7 @@ class Journal:
             tracker.close(failed=error is not None)
         if error is not None and self.run.is_bare:
             self.run.discard()  # else it would be in the way of the next start
+        self.run.close()
 
     def generation(self, step: int, found: Experience, *, logged: bool) -> None:
         """Write what was sampled.

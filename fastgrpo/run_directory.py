@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,20 +14,25 @@ import torch
 import yaml
 
 from .config import TrainConfig
+from .durable import sync, write_whole, writing
 from .experience import Experience
-from .json_lines import append_lines, plain, read_lines
+from .json_lines import append_lines, plain, read_lines, whole_lines
+from .output_dir import GIVEN, check_still_free, create, is_bare
 from .report import save_curves
 from .rewards.names import as_object
+from .run_checkpoints import RunCheckpoints
+from .run_lock import RunLock
 
-_GIVEN = ("config.yaml", "objects.json")
-"""Files that say what a run was given."""
+_LINES = ("metrics", "completions", "rewards", "warnings")
+"""Files of one line after the other, each with its step."""
 _MAY_DIFFER = frozenset(
     {
         *("parallel", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("max_tokens_per_microbatch", "max_generation_batch_size", "per_device_eval_batch_size"),
         *("gradient_checkpointing", "activation_offloading", "offload_ref_model", "torch_compile"),
         *("cuda_graph", "cpu_threads", "reward_timeout", "max_bad_steps"),
-        *("save_strategy", "save_steps", "save_only_model", "save_total_limit", "logging_steps"),
+        *("save_strategy", "save_steps", "save_only_model", "save_total_limit", "save_errors"),
+        *("logging_steps",),
         *("num_completions_to_log", "output_dir", "report_to", "project", "run_name"),
     }
 )
@@ -59,7 +61,7 @@ class RunDirectory:
 
         Raises:
             ValueError: the directory holds something: a run is never overwritten; or the run that
-                is to go on is another one.
+                is to go on is another one; or a process is at it.
         """
         self.graded = False
         """The first reward function gave something else than 0 and 1."""
@@ -69,44 +71,74 @@ class RunDirectory:
             one = isinstance(names, str)
             values[key] = as_object(names) if one else [as_object(name) for name in names]
         self._made: list[Path] = []
-        if resume and (begun := _begun(config.output_dir)) is not None:
-            self.path = begun
-            _check_same(begun, values, config.completions_per_step)
-            (begun / "summary.json").unlink(missing_ok=True)  # from now on it is not finished
+        begun = _begun(config.output_dir) if resume else None
+        if begun is None:
+            self.path, self._made = create(config.output_dir, name)
         else:
-            self.path, self._made = _create(config.output_dir, name)
-        self._write("config.yaml", yaml.safe_dump(values, sort_keys=False))
-        if given:
-            self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
+            self.path = begun
+        self.checkpoints = RunCheckpoints(self.path)
+        self._lock: RunLock | None = None
+        try:
+            self._lock = RunLock(self.path)
+            if begun is None:
+                check_still_free(self.path)
+            else:
+                _check_same(begun, values, config.completions_per_step)
+                (begun / "summary.json").unlink(missing_ok=True)  # from now on it is not finished
+            self._write("config.yaml", yaml.safe_dump(values, sort_keys=False))
+            if given:
+                self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
+        except BaseException:
+            (self.close if begun else self.discard)()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what other processes get of it: the lock stays with the first."""
+        return {**vars(self), "_lock": None}
+
+    def close(self) -> None:
+        """Let other processes have the directory."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def left_by(self) -> str | None:
+        """The process that has died at this run, if one has, as a person reads it."""
+        return None if self._lock is None else self._lock.left_by
 
     @property
     def base(self) -> Path:
         """Where what adapters were put on is kept, if it has no name to load it by."""
         return self.path / "base"
 
-    def newest_checkpoint(self) -> Path | None:
-        """Return the last checkpoint that a run can go on from, if there is one."""
-        steps = [s for s in self._checkpoints() if (self._checkpoint(s) / "state").is_dir()]
-        return self._checkpoint(steps[-1]) if steps else None
-
     def cut(self, step: int) -> None:
-        """Take back what was written of later steps, which come again."""
-        for name in ("metrics", "completions", "rewards", "warnings"):
+        """Take back what was written of later steps, which come again.
+
+        Raises:
+            ValueError: something else has written to one of the files; says which.
+        """
+        self.checkpoints.take_back(step)  # with the lines of all their steps still there
+        for name in _LINES:
             path = self.path / f"{name}.jsonl"
             if path.exists():
-                # What has no end was being written as the process died.
-                text = path.read_bytes().splitlines(keepends=True)
-                whole = [line for line in text if line.endswith(b"\n")]
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-                aside = path.with_suffix(".partial")
-                aside.write_bytes(b"".join(kept))
-                aside.replace(path)
+                lines = whole_lines(path, key="step")
+                lines = [(text, line) for text, line in lines if line["step"] <= step]
+                write_whole(path, b"".join(text for text, _ in lines))
                 if name == "rewards":
-                    for line in kept:
-                        self._grade(next(iter(json.loads(line)["rewards"].values())))
-        for later in self._checkpoints():
-            if later > step:
-                shutil.rmtree(self._checkpoint(later))
+                    for _, line in lines:
+                        self._grade(next(iter(line["rewards"].values())))
+
+    def sync(self) -> None:
+        """Have all lines on the disk: a checkpoint must not outlast those of its steps.
+
+        Raises:
+            WriteError: the disk refuses.
+        """
+        for name in _LINES:
+            path = self.path / f"{name}.jsonl"
+            if path.exists():
+                with writing(path):
+                    sync(path)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a step's line to metrics.jsonl."""
@@ -151,22 +183,6 @@ class RunDirectory:
         """Append a warning to warnings.jsonl."""
         append_lines(self.path / "warnings.jsonl", [{"step": step, "text": text}])
 
-    def remove_old_checkpoints(self, limit: int | None) -> None:
-        """Delete all but the newest `limit` checkpoints; None: keep all."""
-        for step in [] if limit is None else self._checkpoints()[:-limit]:
-            # Under another name first: what is half deleted is no checkpoint.
-            path = self._checkpoint(step)
-            shutil.rmtree(path.rename(path.with_name(f".step-{step}.old")))
-
-    def _checkpoints(self) -> list[int]:
-        """Return the steps of which there are checkpoints."""
-        folder = self.path / "checkpoints"
-        steps = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
-        return sorted(int(step) for step in steps if step.isdecimal())
-
-    def _checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step}"
-
     @property
     def is_bare(self) -> bool:
         """Whether nothing has been written but what the run was given."""
@@ -178,14 +194,12 @@ class RunDirectory:
         A directory that was there stays. Nothing is raised: why it could not begin is to be told.
         """
         with suppress(OSError):
-            if not self.is_bare:
-                return  # of a run that was to go on
-            for name in _GIVEN:
+            bare = self.is_bare  # else of a run that was to go on
+            for name in GIVEN if bare else ():
                 (self.path / name).unlink(missing_ok=True)
-            if self._made:
-                shutil.rmtree(self.path)
-            for parent in self._made[1:]:
-                parent.rmdir()
+            self.close()
+            for path in self._made if bare else ():
+                path.rmdir()
 
     def finish(self, accuracy_key: str, **summary: Any) -> dict[str, Any]:
         """Write curves.png and summary.json; return what the summary holds."""
@@ -203,7 +217,7 @@ class RunDirectory:
         return summary
 
     def _write(self, name: str, text: str) -> None:
-        (self.path / name).write_text(text, encoding="utf-8")
+        write_whole(self.path / name, text)
 
 
 def _begun(output_dir: str | None) -> Path | None:
@@ -278,62 +292,6 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     if _is_longer(before, values):
         return None
     return json.loads((path / "summary.json").read_text(encoding="utf-8"))
-
-
-def is_bare(run: Path) -> bool:
-    """Say whether a run directory holds nothing but what the run was given."""
-    return {path.name for path in run.iterdir()} <= {*_GIVEN}
-
-
-def check_restarts(output_dir: str | None) -> None:
-    """Refuse a run without a named directory that torchrun would start again.
-
-    Raises:
-        ValueError: says what to do.
-    """
-    if output_dir is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-        raise ValueError(
-            "output_dir: with --max-restarts torchrun starts a run again that has failed, which "
-            "goes on in a directory that has a name; set output_dir, or leave --max-restarts out"
-        )
-
-
-def check_free(output_dir: str | None) -> None:
-    """Refuse a directory that holds something: a run is never overwritten.
-
-    Raises:
-        ValueError: names the directory.
-    """
-    path = None if output_dir is None else Path(output_dir).expanduser()
-    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(
-            f"output_dir: {path} exists and is not an empty directory; choose another name, or "
-            "remove it if it is not needed"
-        )
-
-
-def _create(output_dir: str | None, name: str) -> tuple[Path, list[Path]]:
-    """Return the directory, and those that were made for it, the innermost first."""
-    if output_dir is not None:
-        check_free(output_dir)
-        path = Path(output_dir).expanduser()
-        made = _missing(path)
-        path.mkdir(parents=True, exist_ok=True)
-        return path, made
-    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    for attempt in range(1, 1000):
-        path = Path("runs", stem if attempt == 1 else f"{stem}-{attempt}")
-        made = _missing(path)
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return path, made
-    raise ValueError(f"runs/{stem} and 998 variants of it exist: set output_dir")
-
-
-def _missing(path: Path) -> list[Path]:
-    return [each for each in (path, *path.parents) if not each.exists()]
 
 
 def versions() -> dict[str, str]:

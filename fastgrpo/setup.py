@@ -21,11 +21,11 @@ from .data import check_prompts
 from .distributed import World, joined_world, processes_per_machine
 from .loading import computes_in_bf16
 from .model import Policy
+from .output_dir import check_free
 from .rewards import Judges
 from .rollout import Rollout
 from .rollout.static import StaticCacheRollout
 from .rollout_fn import RolloutFunction, load_rollout_fn, taken_columns
-from .run_directory import check_free
 from .samples import Sampler
 from .trackers import check_trackers
 
@@ -65,8 +65,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> TrainConfig:
         logging.disable_progress_bar()
     set_seed(config.seed)
     check_installed(config)
-    if not resume:
-        world.on_main(lambda: check_free(config.output_dir))
+    world.on_main(lambda: check_free(config.output_dir, resume=resume))
     return config
 
 

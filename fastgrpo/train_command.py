@@ -42,7 +42,7 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
     # Imported here, where an impatient Ctrl-C is caught: they take seconds.
     from .config import load_config
     from .distributed import is_restarted, join_world, leave_world, note_begun
-    from .run_directory import check_restarts
+    from .output_dir import check_restarts
     from .trainer import Trainer
 
     trainer = None
@@ -136,7 +136,9 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
 
 def _outcome(error: Exception | KeyboardInterrupt, *, begun: bool) -> tuple[int, str | None]:
     """Return the exit status and what to say; None: the traceback."""
+    from .config import ConfigError
     from .distributed import joined_world, lost_peer
+    from .durable import WriteError
     from .rewards import RewardError
     from .rollout_fn import RolloutError
 
@@ -148,7 +150,10 @@ def _outcome(error: Exception | KeyboardInterrupt, *, begun: bool) -> tuple[int,
         return 1, _PEER_LOST
     if not begun and isinstance(error, ValueError | OSError | ImportError):
         return 2, str(error)
-    theirs = (RewardError, RolloutError, FloatingPointError, _out_of_memory())
+    theirs = (
+        *(ConfigError, WriteError, RewardError, RolloutError),
+        *(FloatingPointError, _out_of_memory()),
+    )
     return 1, str(error) if isinstance(error, theirs) else None
 
 
@@ -160,7 +165,7 @@ def _out_of_memory() -> type[Exception]:
 
 def _place(run: Path) -> str:
     """Say where a run is that has ended; one without a step leaves nothing."""
-    from .run_directory import is_bare
+    from .output_dir import is_bare
 
     left = run.is_dir() and not is_bare(run)
     return f"run directory: {run}" if left else "nothing was written"

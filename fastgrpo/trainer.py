@@ -30,7 +30,7 @@ from .prompt_order import hashed_seed
 from .rollout_fn import RolloutFunction
 from .run_directory import RunDirectory, finished
 from .samples import Sampler
-from .saving import leave, save, save_base, save_step
+from .saving import Saver
 from .setup import (
     build_judges,
     build_rollout,
@@ -129,7 +129,7 @@ class Trainer:
         self.learner = Learner(config, self.policy, self.world, self.num_steps)
         self.sampler.state.max_steps = self.num_steps
         self.step = self.tokens_seen = 0
-        self.saved_step = -1
+        self.saver = Saver(self)
         self.taken: dict[str, Any] | None = None
         self.before: dict[str, float] = {}
         self.waiting: list[Batch] = []
@@ -146,13 +146,14 @@ class Trainer:
                 f"resume: a run with optim: {self.config.optim} and the like keeps no state to go "
                 "on from; begin it again in another output_dir"
             )
-        checkpoint = self.world.on_main(self.run.newest_checkpoint)
+        checkpoint, damaged = self.world.on_main(self.run.checkpoints.newest)
         if checkpoint is not None:
             load_base(self.run.base, self.policy.model)
             load_state(checkpoint / "state", self)
-            self.saved_step = self.step
         step = self.step if checkpoint is not None else -1  # also what was said before the first
         self.world.on_main(lambda: self.run.cut(step))
+        self.journal.warn(self.step, *damaged)
+        self.saver.check_best()
         if checkpoint is not None:
             self.journal.console.message(f"resumed after step {self.step}: {checkpoint}")
 
@@ -174,17 +175,20 @@ class Trainer:
                 self.begin()
             journal.console.phase("train", self.num_steps)
             if config.eval_on_start and self.test is not None and self.step == 0:
-                journal.step({"step": 0} | self.test.metrics(), fresh=False)
+                evaluation = self.test.metrics()
+                journal.step({"step": 0} | evaluation, fresh=False)
+                self.saver.after_evaluation(evaluation)
             with self.stop.listening(journal.console.message):
                 try:
                     while self.taken or self.step < self.num_steps:
                         self.taken = self.taken or self.take_step()
                         self.finish_step(**self.taken)
-                    save(self, self.run.path / "final")
+                    self.saver.save(self.run.path / "final")
                     after = self.test_accuracy("after")
                 except StopAsked as asked:
-                    raise leave(self, asked.number) from None
+                    raise self.saver.leave(asked.number) from None
             facts = {"steps": self.num_steps, "num_tokens": self.tokens_seen}
+            facts |= self.saver.summary()
             seconds = time.perf_counter() - start
             return self.world.on_main(
                 lambda: journal.finish(self.before, after, **facts, seconds=seconds)
@@ -193,7 +197,7 @@ class Trainer:
     def begin(self) -> None:
         """Do what comes before the first step of a run that is not resumed."""
         self.warm_start()
-        save_base(self)
+        self.saver.save_base()
         self.before = self.test_accuracy("before")
 
     def take_step(self) -> dict[str, Any]:
@@ -230,17 +234,20 @@ class Trainer:
         measures |= last and config.eval_strategy != "no"  # as in transformers, where the last
         saves = is_due(config.save_strategy, config.save_steps, step, self.epoch)
         saves |= last and config.save_strategy == "epoch"  # step ends an epoch too
+        evaluation: dict[str, float] = {}
         if self.test is not None and measures:
-            metrics = metrics | self.test.metrics()
+            evaluation = self.test.metrics()
             self.journal.warn(step, *self.sampler.take_problems())
         seconds = sum(times.values())
-        metrics = {"step": step, **metrics, "num_tokens": self.tokens_seen, "step_time": seconds}
+        metrics = {"step": step, **metrics, **evaluation, **self.saver.metrics()}
+        metrics |= {"num_tokens": self.tokens_seen, "step_time": seconds}
         metrics |= {f"time/{name}": value for name, value in times.items()}
         metrics["tokens_per_second"] = tokens / seconds
         self.journal.step(metrics, fresh="generate" in times)
         self.taken = None
+        self.saver.after_evaluation(evaluation)
         if saves:
-            save_step(self)
+            self.saver.try_step()
         self.stop.check()
 
     def warm_start(self) -> None:

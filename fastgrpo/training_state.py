@@ -150,6 +150,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
         "entropy_bonus": learner.entropy_bonus.state_dict(),
         "token_budget": learner.budget.state_dict(),
         "bad_steps": learner.bad_steps.state_dict(),
+        "saver": trainer.saver.state_dict(),
         "before": trainer.before,
         "generation_metrics": trainer.generation_metrics,
         "taken": trainer.taken,
@@ -179,6 +180,7 @@ def load_state(path: Path, trainer: Trainer) -> None:
     learner.entropy_bonus.load_state_dict(numbers["entropy_bonus"])
     learner.budget.load_state_dict(numbers["token_budget"])
     learner.bad_steps.load_state_dict(numbers["bad_steps"])
+    trainer.saver.load_state_dict(numbers["saver"])
     trainer.before = numbers["before"]
     trainer.generation_metrics = numbers["generation_metrics"]
     trainer.taken = numbers["taken"]

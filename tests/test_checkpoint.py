@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastgrpo.adapters import add_adapters
 from fastgrpo.checkpoint import save_checkpoint
 from fastgrpo.config import TrainConfig
+from fastgrpo.durable import WriteError
 from fastgrpo.loading import load_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -91,10 +92,11 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, adapters):
     model = small_model("llama")
     if adapters:
         model = adapt(model)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(WriteError, match="final could not be written: no space left"):
         save_checkpoint(tmp_path / "final", model, FullDisk())
-    assert not (tmp_path / "final").exists()
-    (left,) = tmp_path.iterdir()
+    assert not list(tmp_path.iterdir())
+    left = tmp_path / ".final.partial"
+    left.mkdir()
     (left / "of-a-run-that-died").write_text("x")
     save_checkpoint(tmp_path / "final", model, small_tokenizer())
     assert [path.name for path in tmp_path.iterdir()] == ["final"]

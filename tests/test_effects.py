@@ -89,6 +89,17 @@ EFFECTS = {
     "save_steps": (7, {"save_strategy": "epoch"}, {}),
     "save_only_model": (True, {"save_strategy": "no"}, {"save_strategy": "epoch"}),
     "save_total_limit": (7, {"save_strategy": "no"}, {"save_strategy": "epoch"}),
+    "save_errors": (
+        "none",
+        {"save_strategy": "no"},
+        {"save_strategy": "no", "eval_strategy": "steps", "metric_for_best_model": "reward"},
+    ),
+    "metric_for_best_model": ("reward", {}, {"eval_strategy": "epoch"}),
+    "greater_is_better": (
+        False,
+        {"eval_strategy": "steps"},
+        {"eval_strategy": "steps", "metric_for_best_model": "reward"},
+    ),
     "project": ("p", {"report_to": ["tensorboard"]}, {"report_to": ["tensorboard", "trackio"]}),
 }
 # Those that always have one, as far as a configuration can tell.

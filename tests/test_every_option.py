@@ -14,6 +14,7 @@ from small_runs import lines, run_config, weights_of
 
 from fastgrpo.config import ConfigError, TrainConfig, config_from, is_due, load_config
 from fastgrpo.evaluate import Evaluator
+from fastgrpo.manifest import seal
 from fastgrpo.trainer import Trainer
 
 
@@ -209,9 +210,10 @@ def test_every_checkpoint_that_is_no_checkpoint_is_left_alone(launch):
     folder = trainer.run.path / "checkpoints"
     for name in ("step-1", "step-2", "step-10", "step-2-good", "step-3.partial"):
         (folder / name).mkdir(parents=True)
-    trainer.run.remove_old_checkpoints(None)
+        seal(folder / name)
+    assert trainer.run.checkpoints.remove_old(None) == []
     assert len(list(folder.iterdir())) == 5
-    trainer.run.remove_old_checkpoints(2)
+    assert trainer.run.checkpoints.remove_old(2) == []
     assert {path.name for path in folder.iterdir()} == {
         "step-2", "step-10", "step-2-good", "step-3.partial",
     }  # fmt: skip

@@ -18,6 +18,7 @@ from fastgrpo.assets import Assets
 from fastgrpo.cli import main
 from fastgrpo.config import config_from
 from fastgrpo.json_lines import read_lines
+from fastgrpo.manifest import seal
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.trainer import Trainer
 
@@ -245,7 +246,9 @@ def test_parameters_that_no_step_has_reached_are_no_obstacle(tmp_path, word_prob
 def test_checkpoints_of_later_steps_are_taken_back_too(tmp_path):
     run = RunDirectory(config_of(tmp_path), "train")
     for step, state in ((4, True), (6, False)):  # the second with save_only_model
-        (run.path / "checkpoints" / f"step-{step}" / ("state" if state else "")).mkdir(parents=True)
-    assert run.newest_checkpoint() == run.path / "checkpoints" / "step-4"
+        path = run.checkpoints.of_step(step)
+        (path / ("state" if state else "")).mkdir(parents=True)
+        seal(path)
+    assert run.checkpoints.newest() == (run.checkpoints.of_step(4), [])
     run.cut(4)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-4"]

@@ -258,6 +258,24 @@ NEEDS = (
         "write save_strategy: steps, or epoch",
     ),
     _need(
+        "save_errors",
+        "save_strategy metric_for_best_model",
+        lambda o: o.save_strategy != "no" or o.metric_for_best_model is not None,
+        "the final checkpoint must be written: write save_strategy: steps, or epoch",
+    ),
+    _need(
+        "metric_for_best_model",
+        "eval_strategy",
+        lambda o: o.eval_strategy != "no",
+        "write eval_strategy: steps, or epoch",
+    ),
+    _need(
+        "greater_is_better",
+        "metric_for_best_model",
+        lambda o: o.metric_for_best_model is not None,
+        "write what it is about",
+    ),
+    _need(
         "project",
         "report_to",
         lambda o: not _TRACKERS_WITH_PROJECTS.isdisjoint(o.report_to),
@@ -289,7 +307,8 @@ OF_TRAINING = _keys(
     vllm_importance_sampling_clip_min
 
     run_name report_to project num_completions_to_log eval_steps eval_on_start save_strategy
-    save_steps save_only_model save_total_limit output_dir"""
+    save_steps save_only_model save_total_limit save_errors metric_for_best_model greater_is_better
+    output_dir"""
 )
 """What `fastgrpo eval` has no use for. Not among these is what others are checked against, such as
 bf16_updates, which dtype needs, and max_tokens_per_microbatch, which bounds completions."""

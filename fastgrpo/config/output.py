@@ -52,7 +52,16 @@ class OutputOptions:
     save_only_model: bool = False
     """Leave out of checkpoints what a run needs to go on from them: three quarters of it all."""
     save_total_limit: int | None = None
-    """Checkpoints that are kept; older ones are deleted when another is complete."""
+    """Checkpoints that are kept; older ones are deleted when another is complete. Neither the best
+    nor damaged ones are counted."""
+    save_errors: Literal["stop", "none"] = "stop"
+    """What a checkpoint does that cannot be written, to a full disk for example: it stops the run,
+    or is told and counted, and the next is tried. Without a final one the run has failed."""
+    metric_for_best_model: str | None = None
+    """Metric of the evaluations, with or without `eval_`, by which the best model so far is kept in
+    the directory `best`; None: none is."""
+    greater_is_better: bool | None = None
+    """Whether more of that metric is better; None: unless its name ends in `loss`."""
 
     def output_problems(self) -> Iterator[str]:
         """Yield what is wrong with these values."""

@@ -120,8 +120,8 @@ INSTEAD: dict[str, str] = {
         ("logging_dir", "everything is written to output_dir; leave it out"),
         ("callbacks", "there are none; leave it out"),
         (
-            "load_best_model_at_end metric_for_best_model greater_is_better",
-            "`final` holds the last weights; choose among the checkpoints by metrics.jsonl",
+            "load_best_model_at_end",
+            "`final` holds the last weights; write metric_for_best_model for the best in `best`",
         ),
         ("enable_jit_checkpoint", "checkpoints are written at save_steps; leave it out"),
         (

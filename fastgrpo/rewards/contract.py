@@ -43,7 +43,7 @@ _METRICS = frozenset(
 )
 _METRICS_UNDER = (
     "eval_", "rewards/", "advantages/", "completions/", "clip_ratio/", "vespo/", "sampling/",
-    "dynamic_sampling/", "time/", "memory/", "parallel/",
+    "dynamic_sampling/", "time/", "memory/", "parallel/", "checkpoints/",
 )  # fmt: skip
 
 

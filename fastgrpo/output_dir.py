@@ -1,0 +1,89 @@
+"""Where a run may write: a directory that holds nothing, or its own, and that nobody is at."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+from .run_lock import LOCK, OWNER, check_unused
+
+GIVEN = ("config.yaml", "objects.json")
+"""Files that say what a run was given."""
+_BEGINNINGS = {LOCK, OWNER, *(f".{name}.partial" for name in (*GIVEN, OWNER))}
+"""Files that a process leaves which is killed as it begins."""
+
+
+def is_bare(run: Path) -> bool:
+    """Say whether a run directory holds nothing but what the run was given."""
+    return {path.name for path in run.iterdir()} <= {*GIVEN, *_BEGINNINGS}
+
+
+def check_restarts(output_dir: str | None) -> None:
+    """Refuse a run without a named directory that torchrun would start again.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if output_dir is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ValueError(
+            "output_dir: with --max-restarts torchrun starts a run again that has failed, which "
+            "goes on in a directory that has a name; set output_dir, or leave --max-restarts out"
+        )
+
+
+def check_free(output_dir: str | None, *, resume: bool) -> None:
+    """Refuse a directory that a process is at, or that holds something: no run is overwritten.
+
+    Args:
+        output_dir: the directory; None: it will be a new one.
+        resume: it may hold a run.
+
+    Raises:
+        ValueError: names the directory, and the process.
+    """
+    if output_dir is None:
+        return
+    path = Path(output_dir).expanduser()
+    check_unused(path)
+    if not (resume and (path / "config.yaml").is_file()):
+        check_still_free(path)
+
+
+def check_still_free(path: Path) -> None:
+    """Refuse a directory that holds something, but for what is left of a process as it began.
+
+    Raises:
+        ValueError: names the directory.
+    """
+    if not path.exists() or (
+        path.is_dir() and {each.name for each in path.iterdir()} <= _BEGINNINGS
+    ):
+        return
+    raise ValueError(
+        f"output_dir: {path} exists and is not an empty directory; choose another name, or "
+        "remove it if it is not needed"
+    )
+
+
+def create(output_dir: str | None, name: str) -> tuple[Path, list[Path]]:
+    """Return the directory, and those that were made for it, the innermost first."""
+    if output_dir is not None:
+        path = Path(output_dir).expanduser()
+        made = _missing(path)
+        path.mkdir(parents=True, exist_ok=True)
+        return path, made
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for attempt in range(1, 1000):
+        path = Path("runs", stem if attempt == 1 else f"{stem}-{attempt}")
+        made = _missing(path)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path, made
+    raise ValueError(f"runs/{stem} and 998 variants of it exist: set output_dir")
+
+
+def _missing(path: Path) -> list[Path]:
+    return [each for each in (path, *path.parents) if not each.exists()]
