@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from .data_files import FORMATS, check_file
+from .readable import shown
+
 if TYPE_CHECKING:
     from datasets import Dataset
-
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_prompts(
@@ -44,11 +45,11 @@ def load_prompts(
         ImportError: the package `datasets` is missing.
     """
     datasets = _datasets()
-    path = Path(dataset_name).expanduser()
+    path, quoted = Path(dataset_name).expanduser(), shown(dataset_name)
     if config_name is not None and (path.is_file() or _is_saved_dataset(path)):
         raise ValueError(
-            f"dataset_config: {str(path)!r} has no configurations, got {config_name!r}; leave "
-            "dataset_config out"
+            f"dataset_config: {shown(str(path))} has no configurations, got {shown(config_name)}; "
+            "leave dataset_config out"
         )
     if path.is_file():
         dataset = _load_file(datasets, path, split)
@@ -56,19 +57,20 @@ def load_prompts(
         dataset = _load_saved(datasets, path, split)
     elif not path.exists() and (path.suffix in FORMATS or dataset_name[:1] in {".", "/", "~"}):
         raise FileNotFoundError(
-            f"dataset {dataset_name!r} looks like a path but nothing is there; "
+            f"dataset {quoted} looks like a path but nothing is there; "
             f"it is looked up from the working directory {str(Path.cwd())!r}"
         )
     else:
         for file in path.rglob("[!._]*.*") if path.is_dir() else ():
             if file.suffix in FORMATS:
-                _check_not_empty(file)
+                check_file(file)
         try:
             name = str(path) if path.exists() else dataset_name
             dataset = datasets.load_dataset(name, config_name, split=split)
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(_why_not_loaded(dataset_name, config_name, split, error)) from error
-    return _checked(dataset, dataset_name, prompt_column)
+        # It and its parsers have errors of many kinds; all of them are about what is named.
+        except Exception as error:
+            raise ValueError(_why_not_loaded(quoted, config_name, split, error)) from error
+    return _checked(dataset, quoted, prompt_column)
 
 
 def _datasets() -> Any:
@@ -81,43 +83,52 @@ def _datasets() -> Any:
 
 
 def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
+    name = shown(str(path))
     if path.suffix not in FORMATS:
         raise ValueError(
-            f"dataset file {str(path)!r} has the unknown extension {path.suffix!r}; "
+            f"dataset file {name} has the unknown extension {shown(path.suffix)}; "
             f"use one of {', '.join(FORMATS)}"
         )
     if split != "train":
         raise ValueError(
-            f"dataset file {str(path)!r} is one split, 'train', so split {split!r} does not exist; "
+            f"dataset file {name} is one split, 'train', so split {shown(split)} does not exist; "
             "use a folder with the files train and test"
         )
-    _check_not_empty(path)
+    check_file(path)
     try:
         return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))["train"]
     # Each format has a parser with errors of its own; all of them are about this file.
     except Exception as error:
         raise ValueError(
-            f"dataset file {str(path)!r} has no rows or does not parse as {path.suffix[1:]}; "
-            f"put one prompt in each row ({error.__cause__ or error!r})"
+            f"dataset file {name} has no rows or does not parse as {path.suffix[1:]}; "
+            f"put one prompt in each row ({_first_line(error)})"
         ) from error
-
-
-def _check_not_empty(path: Path) -> None:
-    if path.stat().st_size == 0:
-        raise ValueError(f"dataset file {str(path)!r} is empty; put one prompt in each row")
 
 
 def _why_not_loaded(name: str, config_name: str | None, split: str, error: Exception) -> str:
     """Return what kept a folder or a dataset of the Hub from being loaded, and what to do."""
     if there := re.search(r"Unknown split .* Should be one of \[(.*)\]", str(error)):
         found = there[1].replace("'", "")
-        return f"dataset {name!r} has no split {split!r}; it has {found}"
+        return f"dataset {name} has no split {shown(split)}; it has {found}"
     if "corresponds to no data" in str(error):
-        return f"split {split!r} of dataset {name!r} is empty; it needs at least one row"
+        return f"split {shown(split)} of dataset {name} is empty; it needs at least one row"
+    config = "" if config_name is None else f", config {shown(config_name)},"
     return (
-        f"dataset {name!r} with config {config_name!r} and split {split!r} did not load: "
-        f"{error.__cause__ or error!r}; a folder must come from save_to_disk or hold data files"
+        f"dataset {name}{config} with the split {shown(split)} did not load: "
+        f"{_first_line(error)}; a folder must come from save_to_disk or hold data files"
     )
+
+
+def _names(names: Iterable[str]) -> str:
+    return shown(", ".join(names), quoted=False)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what is known of the cause of an error of `datasets`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = next(iter(str(error).strip().splitlines()), "")
+    return shown(text, quoted=False) or "no reason given"
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -130,38 +141,47 @@ def _load_saved(datasets: Any, path: Path, split: str) -> Dataset:
     # Of no rows at all it raises an IndexError.
     except Exception as error:
         raise ValueError(
-            f"dataset folder {str(path)!r} is empty or does not load; save it again ({error!r})"
+            f"dataset folder {shown(str(path))} is empty or does not load; save it again "
+            f"({_first_line(error)})"
         ) from error
     splits: Any = saved
     if isinstance(saved, datasets.Dataset):
         splits = {str(saved.split or "train"): saved}
     if split not in splits:
         raise ValueError(
-            f"dataset folder {str(path)!r} has no split {split!r}; it has {', '.join(splits)}"
+            f"dataset folder {shown(str(path))} has no split {shown(split)}; it has "
+            f"{_names(splits)}"
         )
     return splits[split]
 
 
 def _checked(dataset: Any, name: str, prompt_column: str) -> Dataset:
     if len(dataset) == 0:
-        raise ValueError(f"dataset {name!r} is empty; it needs at least one row")
+        raise ValueError(f"dataset {name} is empty; it needs at least one row")
     columns: list[str] = dataset.column_names
     if prompt_column not in columns:
         likely = [c for c in ("question", "problem", "query", "instruction") if c in columns]
-        remedy = f"name the column of the prompts, prompt_column={(likely or columns)[0]!r}"
+        remedy = f"name the column of the prompts, prompt_column={shown((likely or columns)[0])}"
         raise ValueError(
-            f"dataset {name!r} has no column {prompt_column!r} but {', '.join(columns)}; {remedy}"
+            f"dataset {name} has no column {shown(prompt_column)} but {_names(columns)}; {remedy}"
         )
     if prompt_column != "prompt":
         if "prompt" in columns:
             dataset = dataset.remove_columns("prompt")
         dataset = dataset.rename_column(prompt_column, "prompt")
-    for row, prompt in enumerate(dataset["prompt"]):
-        if not _is_prompt(prompt):
-            raise ValueError(
-                f"row {row} of dataset {name!r} has the prompt {prompt!r:.80}; a prompt is a "
-                'non-empty string or a non-empty list of messages {"role": ..., "content": ...}'
-            )
+    try:
+        prompts = enumerate(dataset["prompt"])
+        wrong = next(((row, prompt) for row, prompt in prompts if not _is_prompt(prompt)), None)
+    except Exception as error:  # of what decodes a column, of images for example
+        raise ValueError(
+            f"dataset {name} has a column of prompts that cannot be read ({_first_line(error)}); "
+            "make it texts or messages"
+        ) from error
+    if wrong is not None:
+        raise ValueError(
+            f"row {wrong[0]} of dataset {name} has the prompt {shown(wrong[1])}; a prompt is a "
+            'non-empty string or a non-empty list of messages {"role": ..., "content": ...}'
+        )
     return dataset
 
 
@@ -195,7 +215,8 @@ def encode_prompt(
         chat_template_kwargs: arguments of the chat template.
 
     Raises:
-        ValueError: the chat template is needed and missing, or there is no token at all.
+        ValueError: the chat template is needed and missing, or refuses it, or there is no token
+            at all.
     """
     if system_prompt is not None:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -212,16 +233,22 @@ def encode_prompt(
             "none; set tokenizer.chat_template, or use string prompts without a system prompt"
         )
     else:
-        ids = tokenizer.apply_chat_template(
-            prompt,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **(chat_template_kwargs or {}),
-        )["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(
+                prompt,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **(chat_template_kwargs or {}),
+            )["input_ids"]
+        except Exception as error:  # whatever the template, a program of the model's, raises
+            raise ValueError(
+                f"the chat template does not take the prompt {shown(prompt)} "
+                f"({_first_line(error)}); change the messages, or chat_template_kwargs"
+            ) from error
     if not ids:
         raise ValueError(
-            f"the prompt {prompt!r:.80} encodes to no token; a model needs one to start"
+            f"the prompt {shown(prompt)} encodes to no token; a model needs one to start"
         )
     return list(ids)
 
@@ -232,6 +259,7 @@ def check_prompts(
     *,
     max_completion_length: int,
     limits: Mapping[str, int],
+    vocabulary: int,
 ) -> None:
     """Refuse a dataset with a prompt that cannot be encoded or leaves no room for a completion.
 
@@ -239,13 +267,24 @@ def check_prompts(
         dataset: has a column `prompt`.
         encode: returns the token ids of a prompt.
         max_completion_length: tokens that a completion may have.
+        vocabulary: tokens that the model has embeddings of.
         limits: tokens of prompt and completion together, by what has room for so many.
 
     Raises:
         ValueError: names the first such row, and what to do.
     """
     for row, prompt in enumerate(dataset["prompt"]):
-        check_room(f"the prompt of row {row}", len(encode(prompt)), max_completion_length, limits)
+        try:
+            ids = encode(prompt)
+        except ValueError as error:
+            raise ValueError(f"row {row} of the dataset: {error}") from error
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            wrong = next(i for i in ids if not 0 <= i < vocabulary)
+            raise ValueError(
+                f"the prompt of row {row} has the token id {wrong}, and the model has embeddings "
+                f"of {vocabulary} tokens; take the model's own tokenizer, or resize its embeddings"
+            )
+        check_room(f"the prompt of row {row}", len(ids), max_completion_length, limits)
 
 
 def check_room(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from typing import Any
 
 Metrics = Mapping[str, float | None]
 
@@ -29,6 +32,39 @@ def plain(text: str) -> str:
     it become U+FFFD.
     """
     return _OBEYED.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+QUOTED = 100
+"""Characters of what someone else wrote, where a sentence quotes it."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = QUOTED
+
+
+def shown(value: Any, *, quoted: bool = True) -> str:
+    """Return a value for a sentence: in one line, what is invisible as escapes, not too long.
+
+    Args:
+        value: anything.
+        quoted: texts in quotes.
+    """
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as YAML has it
+    if isinstance(value, str) and not quoted:
+        words = " ".join(value[: 10 * QUOTED].split())
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
+    else:
+        try:
+            text = _SHORT.repr(value)
+        except ValueError:
+            text = "a number of too many digits to be shown"
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 30]}...{text[-27:]}"
+
+
+def named(key: Any) -> str:
+    """Return a key as a sentence begins with it."""
+    text = str(key)
+    return text if re.fullmatch(r"[\w.-]{1,60}", text) else shown(text)
 
 
 def printable(text: str) -> str:

@@ -127,9 +127,6 @@ def test_a_path_with_nothing_there(name):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("bad.jsonl", '{"prompt": "a"}\n{oops\n'),
-        ("bad.json", '[{"prompt":'),
-        ("bad.csv", 'a,b\n1,2\n"x'),
         ("bad.parquet", "not parquet"),
         ("empty.jsonl", ""),
         ("empty.csv", ""),

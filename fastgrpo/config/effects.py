@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from .checks import shown
+from ..readable import shown
 
 Values = Mapping[str, Any]
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from fastgrpo_kernels import GRPOLossConfig
 
-from .checks import ConfigError, named, shown
+from ..readable import named, shown
+from .checks import ConfigError
 from .effects import OF_TRAINING, switched_off
 from .text import MOST_BYTES, read_yaml
 from .train import DEFAULTS, LOSS_KEYS, TrainConfig

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from .checks import ConfigError, named, shown
+from ..readable import named, shown
+from .checks import ConfigError
 
 MOST_BYTES = 1_000_000
 """Of a configuration; those of the repository have one or two thousand."""

@@ -135,7 +135,8 @@ class TrainConfig(  # the fields of the last come first in config.yaml
                 f"per_device_train_batch_size: times gradient_accumulation_steps "
                 f"{f'and {self.num_processes} processes ' if self.num_processes > 1 else ''}is "
                 f"{self.completions_per_step} completions, which num_generations = "
-                f"{self.num_generations} does not divide: groups would be torn"
+                f"{self.num_generations} does not divide: groups would be torn; change one of "
+                "them"
             )
         passes = self.steps_per_generation
         if passes is not None and (passes < 1 or passes % self.gradient_accumulation_steps):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..readable import shown
 from .checks import ConfigError
 from .train import TrainConfig
 from .trl_refused import INSTEAD, NO_BEARING, asks_for_nothing
@@ -103,7 +104,7 @@ def _generation_batch_size(value: Any, source: Values, run: Values) -> dict[str,
     size = run.get("per_device_train_batch_size", TrainConfig.per_device_train_batch_size)
     if type(value) is not int or type(size) is not int or size < 1 or value % size:
         raise ConfigError(
-            f"must be a multiple of per_device_train_batch_size = {size}, got {value}"
+            f"must be a multiple of per_device_train_batch_size = {shown(size)}, got {shown(value)}"
         )
     return {"steps_per_generation": value // size}
 
@@ -167,7 +168,7 @@ def _model_init_kwargs(value: Any, source: Values, run: Values) -> dict[str, Any
     names = {name: name for name in ("dtype", "attn_implementation", "trust_remote_code")}
     names |= {"torch_dtype": "dtype", "revision": "model_revision"}
     if not isinstance(value, Mapping | None) or set(value or {}) - set(names):
-        raise ConfigError(f"may hold {', '.join(names)}, got {value}; leave the others out")
+        raise ConfigError(f"may hold {', '.join(names)}, got {shown(value)}; leave the others out")
     return {names[name]: x for name, x in (value or {}).items()}
 
 
@@ -177,7 +178,7 @@ def _same_as(key: str) -> Change:
     def change(value: Any, source: Values, run: Values) -> dict[str, Any]:
         ours = run.get(key, getattr(TrainConfig, key))
         if value not in (None, ours):
-            raise ConfigError(f"is {key} = {ours} here; leave it out, or change that")
+            raise ConfigError(f"is {key} = {shown(ours)} here; leave it out, or change that")
         return {}
 
     return change

@@ -87,7 +87,10 @@ INSTEAD: dict[str, str] = {
             "transformers_continuous_batching_config",
             "the engine is ours, with a static cache, or that of use_vllm; leave it out",
         ),
-        ("max_tool_calling_iterations", "a rollout_fn calls tools, as often as it likes"),
+        (
+            "max_tool_calling_iterations",
+            "a rollout_fn calls tools, as often as it likes; leave it out",
+        ),
         # Rewards of open-r1.
         (
             "cosine_min_value_wrong cosine_max_value_wrong cosine_min_value_correct "

@@ -1,0 +1,189 @@
+"""Files of prompts, looked through before `datasets` reads them.
+
+Its readers end the process on what is nested without end, keep the last of two columns of the same
+name, make infinities of large numbers and indices of columns too many. Here each is refused, with
+its line. What passes is left to them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from .readable import shown
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_DEEPEST = 40
+"""Lists and objects in each other; Arrow takes 64, of which an object in a list is two."""
+
+
+class _Wrong(ValueError):
+    """What is wrong with a file, and what to do; its line if it is known here."""
+
+    def __init__(self, what: str, line: int | None = None) -> None:
+        super().__init__(what)
+        self.line = line
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that would not become what it says.
+
+    Raises:
+        ValueError: names the file, the line where there are lines, and what to do.
+        OSError: it cannot be read.
+    """
+    name = f"dataset file {shown(str(path))}"
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name} is empty; put one prompt in each row")
+    if path.suffix == ".parquet":
+        return
+    line = 0
+    try:
+        _check_encoding(path)
+        with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
+            if path.suffix == ".csv":
+                _check_csv(file)
+            elif path.suffix == ".jsonl" or _is_lines(file):
+                for line, text in enumerate(file, start=1):  # noqa: B007
+                    if text.strip():
+                        _check_row(_parse(text))
+            else:
+                _check_document(_parse(file.read()))
+    except _Wrong as wrong:
+        line = wrong.line or line
+        place = f", line {line}" if line else ""
+        raise ValueError(f"{name}{place}: {wrong}") from None
+
+
+def _check_encoding(path: Path) -> None:
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            try:
+                decoder.decode(part)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise _Wrong("is not UTF-8; save the file as such, uncompressed", line) from None
+            line += part.count(b"\n")
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise _Wrong("ends within a character of UTF-8; save the file again", line) from None
+
+
+def _is_lines(file: TextIO) -> bool:
+    """Say whether a .json file has an object in each line, and is not one as a whole."""
+    first = next((text for text in file if text.strip()), "")
+    more = any(text.strip() for text in file)
+    file.seek(0)
+    try:
+        return more and isinstance(json.loads(first.removeprefix("\ufeff")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse(text: str) -> Any:
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
+        raise _Wrong(f"has lists and objects nested more than {_DEEPEST} deep; flatten them")
+    try:
+        return json.loads(
+            text, object_pairs_hook=_object, parse_int=_whole_number, parse_float=_number
+        )
+    except json.JSONDecodeError as error:
+        line = error.lineno if "\n" in text.strip() else None
+        what = error.msg[:1].lower() + error.msg[1:]
+        raise _Wrong(
+            f"is no JSON: {what} at character {error.colno}; write one object with the columns "
+            "of each prompt",
+            line,
+        ) from None
+
+
+def _depth(text: str) -> int:
+    """Return how deep brackets are nested at most, those within texts left out."""
+    deepest = depth = 0
+    inside = escaped = False
+    for character in text:
+        if inside:
+            inside = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"':
+            inside = True
+        elif character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Wrong(f"has {shown(twice)} twice in one object; leave one out")
+    return found
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise _Wrong(
+            f"has the number {shown(text, quoted=False)}, beyond 64 bits; put it in quotes"
+        )
+    return int(text)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise _Wrong(
+            f"has the number {shown(text, quoted=False)}, beyond 64 bits; put it in quotes"
+        )
+    return number
+
+
+def _check_row(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise _Wrong(
+            f'must be an object with the columns of a prompt, {{"prompt": ...}}, got {shown(row)}'
+        )
+
+
+def _check_document(document: Any) -> None:
+    """Hold a .json file to a list of rows, or to one object of columns."""
+    if isinstance(document, list):
+        for row in cast("list[Any]", document):
+            _check_row(row)
+    else:
+        _check_row(document)
+
+
+def _check_csv(file: TextIO) -> None:
+    """Hold every record to the columns of the first."""
+    before = csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(file, strict=True)
+    try:
+        records: Iterator[list[str]] = (record for record in reader if record)
+        header = next(records, [])
+        for name in header:
+            if header.count(name) > 1:
+                raise _Wrong(f"has two columns {shown(name)}; rename one", reader.line_num)
+        for record in records:
+            if len(record) != len(header):
+                raise _Wrong(
+                    f"has {len(record)} fields, and the header {len(header)}; put texts with "
+                    "commas in quotes",
+                    reader.line_num,
+                )
+    except csv.Error as error:
+        raise _Wrong(
+            f"is no CSV: {error}; double the quotes within quotes", reader.line_num
+        ) from None
+    finally:
+        csv.field_size_limit(before)
