@@ -98,7 +98,7 @@ def _parse(text: str) -> Any:
         line = error.lineno if "\n" in text.strip() else None
         what = error.msg[:1].lower() + error.msg[1:]
         raise _Wrong(
-            f"is no JSON: {what} at character {error.colno}; write one object with the columns "
+            f"is not JSON: {what} at character {error.colno}; write one object with the columns "
             "of each prompt",
             line,
         ) from None
@@ -183,7 +183,7 @@ def _check_csv(file: TextIO) -> None:
                 )
     except csv.Error as error:
         raise _Wrong(
-            f"is no CSV: {error}; double the quotes within quotes", reader.line_num
+            f"is not CSV: {error}; double the quotes within quotes", reader.line_num
         ) from None
     finally:
         csv.field_size_limit(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
 
 from .attention import keep_differentiable
 from .config import TrainConfig
+from .readable import shown
 
 # As it is imported bitsandbytes misses a kernel for CPUs that is not needed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -39,7 +41,15 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
         device = _device()
         options["device_map"] = {"": device}
         options["quantization_config"] = _four_bits(config, device)
-    model = load_from(AutoModelForCausalLM, str(config.model_name_or_path), **options)
+    name = str(config.model_name_or_path)
+    model, report = load_from(
+        AutoModelForCausalLM,
+        name,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below
+        **options,
+    )
+    _check_complete(name, report)
     if config.load_in_4bit and model.device.type == "cpu":
         _mend_on_cpu(model)
     return model
@@ -129,7 +139,36 @@ def load_from(auto_class: Any, name: str, **options: Any) -> Any:
         )
     try:
         return auto_class.from_pretrained(str(path) if local else name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        hub = "" if local else " (there is no such directory, so it was taken for a Hub name)"
-        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {reason}{hub}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what readers of damaged files raise is of any kind
+        reason = shown(str(error), quoted=False, most=300)
+        remedy = "there is no such directory, so it was taken for a Hub name"
+        if local:
+            remedy = "install that" if isinstance(error, ImportError) else "save it again"
+        place = shown(name, quoted=False)
+        raise ValueError(
+            f"model_name_or_path: {place} cannot be loaded: {reason}; {remedy}"
+        ) from error
+
+
+def _check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is not the whole model: the rest of it would be random.
+
+    Args:
+        name: of the model.
+        report: what transformers says of having loaded it.
+
+    Raises:
+        ValueError: names a parameter, and how many there are.
+    """
+    for keys, what in (
+        ([key for key, *_ in report["mismatched_keys"]], "has another shape than in"),
+        (list(report["missing_keys"]), "is not in"),
+    ):
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise ValueError(
+                f"model_name_or_path: {min(keys)}{more} {what} the weights of {name}, and would be "
+                "random; save the model again, or mend its config.json"
+            )

@@ -66,15 +66,22 @@ class Policy:
             if padding_free and self.why_padded:
                 raise ValueError(f"padding_free: {self.why_padded}; leave padding_free out")
         self.compiled = False
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
-        # Padding is masked everywhere, so any id will do.
+        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocabulary)
+        # Padding is masked everywhere, so any id that can be embedded will do.
         pad: Any = tokenizer.pad_token_id
-        self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
+        embedded = isinstance(pad, int) and 0 <= pad < self.vocabulary
+        self.pad_token_id: int = int(pad) if embedded else self.eos_token_ids[0]
 
     @property
     def packed(self) -> bool:
         """Whether sequences are concatenated instead of padded."""
         return not self.why_padded
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has embeddings of; a tokenizer may have fewer, or more."""
+        embedding: Any = self.model.get_input_embeddings()
+        return len(embedding.weight)
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -171,7 +178,9 @@ class Policy:
         return sys.maxsize if limit is None else limit
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> list[int]:
     """Return all ids that end a completion: the generation config's and the tokenizer's."""
     configured: Any = model.generation_config.eos_token_id if model.generation_config else None
     ids: list[Any] = configured if isinstance(configured, list) else [configured]
@@ -181,4 +190,10 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             "neither the tokenizer nor the generation config has an end-of-sequence token: "
             "set tokenizer.eos_token"
         )
-    return found
+    known = [i for i in found if 0 <= i < vocabulary]
+    if not known:
+        raise ValueError(
+            f"the end-of-sequence token has the id {found[0]}, and the model has embeddings of "
+            f"{vocabulary} tokens: take the model's own tokenizer, or resize its embeddings"
+        )
+    return known

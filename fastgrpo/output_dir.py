@@ -6,6 +6,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
+from .readable import shown
 from .run_lock import LOCK, OWNER, check_unused
 
 GIVEN = ("config.yaml", "objects.json")
@@ -40,14 +41,36 @@ def check_free(output_dir: str | None, *, resume: bool) -> None:
         resume: it may hold a run.
 
     Raises:
-        ValueError: names the directory, and the process.
+        ValueError: names the directory, and the process; or nothing can be written there.
     """
+    path = Path("runs" if output_dir is None else output_dir).expanduser()
+    _check_place(path)
     if output_dir is None:
         return
-    path = Path(output_dir).expanduser()
     check_unused(path)
     if not (resume and (path / "config.yaml").is_file()):
         check_still_free(path)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a directory that is not there and cannot be made, or cannot be written into."""
+    place = shown(str(path), quoted=False)
+    try:
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        is_directory = there.is_dir()
+    except OSError as error:  # too long a name, for example
+        raise ValueError(
+            f"output_dir: {place} cannot be made ({error.strerror}); choose another name"
+        ) from error
+    if not is_directory and there != path:
+        raise ValueError(
+            f"output_dir: {place} cannot be made, since {there} is no directory; choose another"
+        )
+    if is_directory and not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir: {place} cannot be made, since {there} may not be written into; choose "
+            "another, or change the permissions"
+        )
 
 
 def check_still_free(path: Path) -> None:
@@ -67,11 +90,20 @@ def check_still_free(path: Path) -> None:
 
 
 def create(output_dir: str | None, name: str) -> tuple[Path, list[Path]]:
-    """Return the directory, and those that were made for it, the innermost first."""
+    """Return the directory, and those that were made for it, the innermost first.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
     if output_dir is not None:
         path = Path(output_dir).expanduser()
         made = _missing(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: {path} cannot be made ({error.strerror}); choose another"
+            ) from error
         return path, made
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in range(1, 1000):

@@ -41,24 +41,25 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = QUOTED
 
 
-def shown(value: Any, *, quoted: bool = True) -> str:
+def shown(value: Any, *, quoted: bool = True, most: int = QUOTED) -> str:
     """Return a value for a sentence: in one line, what is invisible as escapes, not too long.
 
     Args:
         value: anything.
         quoted: texts in quotes.
+        most: characters.
     """
     if value is None or isinstance(value, bool):
         return json.dumps(value)  # as YAML has it
     if isinstance(value, str) and not quoted:
-        words = " ".join(value[: 10 * QUOTED].split())
+        words = " ".join(value[: 10 * most].split())
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
     else:
         try:
             text = _SHORT.repr(value)
         except ValueError:
             text = "a number of too many digits to be shown"
-    return text if len(text) <= QUOTED else f"{text[: QUOTED - 30]}...{text[-27:]}"
+    return text if len(text) <= most else f"{text[: most - 30]}...{text[-27:]}"
 
 
 def named(key: Any) -> str:

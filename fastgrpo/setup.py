@@ -215,13 +215,12 @@ def check_dataset(config: TrainConfig, dataset: Dataset, sampler: Sampler) -> No
         sampler.judges.check_columns(dataset.column_names)
     else:  # it may add columns for them
         taken_columns(sampler.rollout_fn, set(dataset.column_names) - {"prompt"})
-    embeddings: Any = sampler.policy.model.get_input_embeddings()
     check_prompts(
         dataset,
         sampler.encode,
         max_completion_length=config.max_completion_length,
         limits=config.limits(sampler.policy.positions),
-        vocabulary=embeddings.num_embeddings,
+        vocabulary=sampler.policy.vocabulary,
     )
 
 

@@ -28,7 +28,7 @@ def fault_rows(stats: Mapping[str, Iterable[Any]]) -> dict[tuple[str, str, str],
     rows: dict[tuple[str, str, str], set[str]] = {}
     for category, result in _RESULTS.items():
         for report in stats.get(category, ()):
-            for name, value in report.user_properties:
+            for name, value in getattr(report, "user_properties", ()):
                 if name == "fault":
                     file, _, test = report.nodeid.partition("[")[0].rpartition("::")
                     what, outcome = value

@@ -128,6 +128,8 @@ class TrainConfig(  # the fields of the last come first in config.yaml
             "cpu_threads",
         )
         yield from above_zero(self, "num_train_epochs")
+        if not 0 <= self.seed < 2**32:
+            yield f"seed: must be from 0 to {2**32 - 1}, which numpy takes, got {self.seed}"
         if self.max_steps < 1 and self.max_steps != -1:
             yield f"max_steps: must be 1 or more, or -1, got {self.max_steps}"
         if self.num_generations > 1 and self.completions_per_step % self.num_generations:

@@ -20,7 +20,7 @@ LONGEST = 600
 
 _INTERNAL = re.compile(
     r"Traceback|File \"|line \d+, in |<[a-z_.]+ object|object at 0x|<class|yaml\.|pyarrow|Arrow|"
-    r"datetime\.|Error\(|Exception|site-packages|/fastgrpo/"
+    r"datetime\.|Error\(|Exception\(|site-packages|/fastgrpo/"
 )
 _REMEDY = re.compile(
     r"; |must |needs |did you mean|look like|leave|write|use |name |give |take | in front|instead$"
