@@ -60,7 +60,7 @@ def rounds(parameters: Iterable[Tensor]) -> list[list[Piece]]:
 
 
 @dataclass
-class _Round:
+class Round:
     """Pieces that are stepped together, their fp32 copies, and the optimizer of the copies."""
 
     group: int
@@ -96,13 +96,14 @@ class MasterWeights(Optimizer):
         self._names = tuple(defaults)
         super().__init__(groups, defaults)
         self._make, self._device = make, device
-        self._rounds: list[_Round] = []
+        self.rounds: list[Round] = []
+        """None before the first step."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - there is no closure
         """Step the copies of all parameters that have a gradient, and write them back."""
         self._make_copies()
-        for part in self._rounds:
+        for part in self.rounds:
             self._share_hyperparameters(part)
             for piece, copy in zip(part.pieces, part.copies, strict=True):
                 gradient = piece.parameter.grad
@@ -114,40 +115,17 @@ class MasterWeights(Optimizer):
                     copy.grad = None
                     _send(copy, piece.values)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the hyperparameters, and the copies and states of each round."""
-        saved = [{"copies": r.copies, "optimizer": r.optimizer.state_dict()} for r in self._rounds]
-        return {**super().state_dict(), "rounds": saved}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another optimizer of the same parameters was.
-
-        Raises:
-            ValueError: it had other parameters.
-        """
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        saved = state_dict["rounds"]
-        self._rounds = []
-        if not saved:
-            return
-        self._make_copies()
-        for part, values in zip(self._rounds, saved, strict=True):
-            for copy, value in zip(part.copies, values["copies"], strict=True):
-                copy.copy_(value)
-            part.optimizer.load_state_dict(values["optimizer"])
-
     def _make_copies(self) -> None:
-        if self._rounds:
+        if self.rounds:
             return
         for index, group in enumerate(self.param_groups):
             for these in rounds(group["params"]):
                 device = self._device or these[0].parameter.device
                 copies = [x.values.to(device, torch.float32, copy=True) for x in these]
                 optimizer = self._make(copies, **{name: group[name] for name in self._names})
-                self._rounds.append(_Round(index, these, copies, optimizer))
+                self.rounds.append(Round(index, these, copies, optimizer))
 
-    def _share_hyperparameters(self, part: _Round) -> None:
+    def _share_hyperparameters(self, part: Round) -> None:
         (inner,) = part.optimizer.param_groups
         for name in self._names:
             value = self.param_groups[part.group][name]
@@ -229,23 +207,6 @@ class StochasticRoundingAdamW(Optimizer):
             if parameter.dtype == torch.bfloat16:
                 piece.values.copy_(round_stochastically(exact, self.generator))
         state["step"] += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states, the hyperparameters and the state of the random numbers."""
-        return {**super().state_dict(), "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another optimizer of the same parameters was.
-
-        Raises:
-            ValueError: it had other parameters.
-        """
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, state in state_dict["state"].items():  # PyTorch would round it to bfloat16
-            device = parameters[index].device
-            self.state[parameters[index]] = {k: x.to(device, copy=True) for k, x in state.items()}
-        self.generator.set_state(state_dict["generator"].cpu())
 
 
 def round_stochastically(

@@ -26,7 +26,7 @@ from .metrics import completion_metrics, reward_metrics
 from .rewards import Judges
 from .rewards.contract import is_reserved
 from .signals import Stopped
-from .training_state import can_be_saved, save_state
+from .training_state import save_state
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -100,7 +100,7 @@ class Saver:
     @property
     def saves_state(self) -> bool:
         """Whether checkpoints hold what the run needs to go on from them."""
-        return can_be_saved(self.trainer.learner) and not self.trainer.config.save_only_model
+        return not self.trainer.config.save_only_model
 
     def leave(self, number: int) -> Stopped:
         """Save a run where it is, whatever `save_strategy` says; return what says so.

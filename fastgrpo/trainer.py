@@ -41,7 +41,7 @@ from .setup import (
     prepare,
 )
 from .signals import StopAsked, StopRequest
-from .training_state import can_be_saved, load_base, load_state
+from .training_state import load_base, load_state
 
 
 class Trainer:
@@ -136,16 +136,7 @@ class Trainer:
         self.generation_metrics: dict[str, float] = {}
 
     def _resume(self) -> None:
-        """Go back to the newest checkpoint, or to before the first step if there is none.
-
-        Raises:
-            ValueError: of this optimizer there are none.
-        """
-        if not can_be_saved(self.learner):
-            raise ValueError(
-                f"resume: a run with optim: {self.config.optim} and the like keeps no state to go "
-                "on from; begin it again in another output_dir"
-            )
+        """Go back to the newest checkpoint, or to before the first step if there is none."""
         checkpoint, damaged = self.world.on_main(self.run.checkpoints.newest)
         if checkpoint is not None:
             load_base(self.run.base, self.policy.model)

@@ -28,7 +28,9 @@ from torch.optim import AdamW, Optimizer
 
 from .batch import load_batches, save_batches
 from .checkpoint import nameless_base, point_to_base, without_adapters
+from .distributed import World
 from .learner import Learner
+from .optimizer_state import load_optimizer, save_optimizer, set_rates
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -82,19 +84,33 @@ def _alone() -> Generator[bool]:
 
 
 def _tensors(learner: Learner) -> dict[str, Tensor]:
-    """Return all that changes in a run, by name: the very tensors, to be read or written."""
-    model, optimizer = learner.policy.model, learner.optimizer
+    """Return what changes in a run, by name: the very tensors, to be read or written."""
+    model = learner.policy.model
     learner.policy.reshard()  # the parts are what stays
-    _complete(optimizer)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    # It makes the states that an optimizer has from its first step on.
-    flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    states = get_optimizer_state_dict(model, optimizer, options=flat)
     return {
         **{f"model.{name}": x for name, x in trained.items()},
-        **{f"optimizer.{name}": x for name, x in states.items() if isinstance(x, Tensor)},
+        **{f"optimizer.{name}": x for name, x in _states(learner).items()},
         **{f"reference.{name}": x for name, x in _reference(learner).items()},
     }
+
+
+def _has_own_file(learner: Learner) -> bool:
+    """Say whether the optimizer's states are anything but a few plain tensors a parameter.
+
+    Then they stay with the process that has them, see `optimizer_state`.
+    """
+    return type(learner.optimizer) is not AdamW
+
+
+def _states(learner: Learner) -> dict[str, Tensor]:
+    """Return the optimizer's states, by parameter; it has some from now on."""
+    if _has_own_file(learner):
+        return {}
+    _complete(learner.optimizer)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    states = get_optimizer_state_dict(learner.policy.model, learner.optimizer, options=flat)
+    return {name: x for name, x in states.items() if isinstance(x, Tensor)}
 
 
 def _complete(optimizer: Optimizer) -> None:
@@ -127,11 +143,6 @@ def _reference(learner: Learner) -> dict[str, Tensor]:
     }
 
 
-def can_be_saved(learner: Learner) -> bool:
-    """Say whether the states of a run's optimizer are plain tensors, one for each parameter."""
-    return type(learner.optimizer) is AdamW
-
-
 def save_state(path: Path, trainer: Trainer) -> None:
     """Write all that a run needs to go on after the step it has just taken; all ranks call it.
 
@@ -139,8 +150,11 @@ def save_state(path: Path, trainer: Trainer) -> None:
         path: a directory that all ranks see; it is made.
         trainer: whose run.
     """
-    learner = trainer.learner
+    learner, world = trainer.learner, trainer.world
     _save_tensors(path, learner)
+    if _has_own_file(learner):
+        save_optimizer(_file_of(path, world), learner.optimizer)
+        world.gather(None)  # all are written
     batches = list({id(batch): batch for batch in trainer.waiting}.values())
     numbers = {
         "step": trainer.step,
@@ -158,25 +172,31 @@ def save_state(path: Path, trainer: Trainer) -> None:
     }
 
     def write() -> None:
-        (path / _NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        # torchao has learning rates in tensors
+        text = json.dumps(numbers, indent=2, default=float)
+        (path / _NUMBERS).write_text(text + "\n", encoding="utf-8")
         save_batches(path / _BATCHES, batches)
 
-    trainer.world.on_main(write)
+    world.on_main(write)
 
 
 def load_state(path: Path, trainer: Trainer) -> None:
-    """Put a trainer where `save_state` has left one, maybe of another number of processes."""
+    """Put a trainer where `save_state` has left one, maybe of another number of processes.
+
+    Raises:
+        ValueError: the optimizer's states are those of another number.
+    """
     learner = trainer.learner
     _load_tensors(path, learner)
+    if _has_own_file(learner):
+        load_optimizer(_file_of(path, trainer.world), learner.optimizer)
     numbers: dict[str, Any] = json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
     trainer.step = trainer.sampler.state.global_step = numbers["step"]
     trainer.tokens_seen = numbers["num_tokens"]
     trainer.collector.prompts.load_state_dict(numbers["prompts"])
+    del numbers["scheduler"]["base_lrs"]  # are the configuration's, of the optimizer's own type
     learner.scheduler.load_state_dict(numbers["scheduler"])
-    for group, rate in zip(
-        learner.optimizer.param_groups, learner.scheduler.get_last_lr(), strict=True
-    ):
-        group["lr"] = rate
+    set_rates(learner.optimizer, learner.scheduler.get_last_lr())
     learner.entropy_bonus.load_state_dict(numbers["entropy_bonus"])
     learner.budget.load_state_dict(numbers["token_budget"])
     learner.bad_steps.load_state_dict(numbers["bad_steps"])
@@ -186,3 +206,22 @@ def load_state(path: Path, trainer: Trainer) -> None:
     trainer.taken = numbers["taken"]
     batches = load_batches(path / _BATCHES, learner.policy.device)
     trainer.waiting = [batches[i] for i in numbers["waiting"]]
+
+
+def _file_of(path: Path, world: World) -> Path:
+    """Return where a process has the states of its optimizer.
+
+    Raises:
+        ValueError: they are there of another number of processes.
+    """
+    name = "optimizer-{}-of-{}.safetensors"
+    files = sorted(path.glob(name.format("*", "*")))
+    file = path / name.format(world.rank + 1, world.size)
+    if files and file not in files:
+        count = files[0].stem.rpartition("-")[2]
+        raise ValueError(
+            f"{path}: the states of this optimizer are kept by process, of {count} of them, and "
+            f"now there are {world.size}; start {count}, or take optim: adamw_torch_fused in a "
+            "new run"
+        )
+    return file

@@ -7,6 +7,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.optim import build_optimizer, clip_gradients
+from fastgrpo.optimizer_state import load_optimizer, save_optimizer, set_rates
 
 STEPS = 20
 BF16 = {"dtype": "bfloat16"}
@@ -90,15 +91,18 @@ def assert_resumes(values, tmp_path, device="cpu"):
 
     optimizer, scheduler = build_optimizer(first, train_config(**values), STEPS)
     train(first, optimizer, scheduler, range(7))
-    parts = {"model": first, "optimizer": optimizer, "scheduler": scheduler}
-    torch.save({name: x.state_dict() for name, x in parts.items()}, tmp_path / "saved.pt")
+    weights = {name: x.clone() for name, x in first.state_dict().items()}
+    save_optimizer(tmp_path / "saved.safetensors", optimizer)
+    schedule = scheduler.state_dict()
     train(first, optimizer, scheduler, range(7, STEPS))  # saving has changed nothing
     assert_same(first.state_dict(), whole.state_dict())
 
     optimizer, scheduler = build_optimizer(second, train_config(**values, seed=1), STEPS)
     train(second, optimizer, scheduler, [3, 1])  # what this was is forgotten
-    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
-    for name, x in {"model": second, "optimizer": optimizer, "scheduler": scheduler}.items():
-        x.load_state_dict(saved[name])
+    second.load_state_dict(weights)
+    load_optimizer(tmp_path / "saved.safetensors", optimizer)
+    assert_same(second.state_dict(), weights)
+    scheduler.load_state_dict(schedule)
+    set_rates(optimizer, scheduler.get_last_lr())
     train(second, optimizer, scheduler, range(7, STEPS))
     assert_same(second.state_dict(), whole.state_dict())

@@ -22,6 +22,7 @@ from fastgrpo import low_precision
 from fastgrpo.config import TrainConfig
 from fastgrpo.low_precision import round_stochastically, rounds
 from fastgrpo.optim import build_optimizer, clip_gradients
+from fastgrpo.optimizer_state import load_optimizer, save_optimizer
 
 
 @pytest.fixture
@@ -85,15 +86,14 @@ def test_copies_and_states_agree_with_adamw_in_fp64(values, small_pieces):
         train(model, optimizer, scheduler, [step])
         gradients.append(model.matrix.grad)
     x, m, v = fp64_adamw(start, gradients, rates, 0.1)
-    state = optimizer.state_dict()
     if values is MASTER:
-        copy = torch.cat([c for part in state["rounds"] for c in part["copies"]])
+        copy = torch.cat([c for part in optimizer.rounds for c in part.copies])
         copy = copy[: start.numel()].view_as(start)
         # twenty roundings of numbers below 4 to fp32, each by 2**-23 at most
         torch.testing.assert_close(copy.double(), x, rtol=0, atol=STEPS * 2**-23)
         assert torch.equal(model.matrix, copy.bfloat16())
     else:
-        state = state["state"][0]
+        state = optimizer.state[model.matrix]
         assert state["step"] == STEPS
         torch.testing.assert_close(state["exp_avg"].double(), m, rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(state["exp_avg_sq"].double(), v, rtol=1e-5, atol=1e-12)
@@ -122,7 +122,7 @@ def test_an_update_of_a_millionth_is_not_lost(values):
     if values is None:
         assert torch.equal(model.weight, torch.ones_like(model.weight))
     elif values is MASTER:
-        (copy,) = optimizer.state_dict()["rounds"][0]["copies"]
+        (copy,) = optimizer.rounds[0].copies
         moved = 1 - copy.double()
         # fp32 too rounds: to 17 times 2**-24, the last place, which is 1.013e-6
         assert moved.eq(steps * 17 * 2**-24).all()
@@ -184,12 +184,13 @@ def test_what_was_saved_goes_on_to_the_last_bit(values, small_pieces, tmp_path):
     assert_resumes(values, tmp_path)
 
 
-def test_nothing_is_kept_before_the_first_step_and_that_can_be_saved_too():
+def test_nothing_is_kept_before_the_first_step_and_that_can_be_saved_too(tmp_path):
     model, other = Weights(torch.bfloat16), Weights(torch.bfloat16)
     optimizer, _ = build_optimizer(model, train_config(**MASTER), STEPS)
     fresh, scheduler = build_optimizer(other, train_config(**MASTER), STEPS)
-    assert optimizer.state_dict()["rounds"] == []
-    fresh.load_state_dict(optimizer.state_dict())
+    assert optimizer.rounds == []
+    save_optimizer(tmp_path / "saved", optimizer)
+    load_optimizer(tmp_path / "saved", fresh)
     with torch.no_grad():
         other.matrix.fill_(3.0)  # as supervised training before the first step would
     train(other, fresh, scheduler, [0, 1])  # the first step of a warm-up is one of 0

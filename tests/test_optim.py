@@ -81,7 +81,7 @@ def test_torchao_trains_resumes_and_keeps_8_bits(values, tmp_path):
     optimizer.step()
     wanted = start.float() - 1e-2 * model.weight.grad.sign()  # Adam's first step
     torch.testing.assert_close(model.weight.float(), wanted, rtol=2**-8, atol=1e-5)
-    inner = optimizer._rounds[0].optimizer if "dtype" in values else optimizer
+    inner = optimizer.rounds[0].optimizer if "dtype" in values else optimizer
     (state,) = inner.state.values()
     parts = [getattr(state[m], x) for m in ("exp_avg", "exp_avg_sq") for x in ("codes", "scale")]
     copies = 4 * elements if "dtype" in values else 0
