@@ -281,14 +281,19 @@ def truncated(run: History) -> Iterator[Finding]:
 
 def failing(run: History) -> Iterator[Finding]:
     """A reward function fails in a tenth of generations or more (verl#5635, #5839)."""
-    remedies = {"exceptions": "Mend it", "timeouts": "Make it faster, raise reward_timeout"}
+    remedies = {
+        "exceptions": "Mend it",
+        "timeouts": "Make it faster, raise reward_timeout",
+        "invalid": "Let it return finite numbers, or None",
+    }
     for name in run.judges():
         for what, remedy in remedies.items():
             count = run.now(f"rewards/{name}/{what}")
             if count >= max(3, 0.1 * run.num_generations):
+                said = "invalid results" if what == "invalid" else what
                 yield (
                     f"{name} {what}",
-                    f"{name} had {count:.0f} {what} in {run.num_generations} batches, whose "
+                    f"{name} had {count:.0f} {said} in {run.num_generations} batches, whose "
                     f"completions it did not judge: what is learned is what the others say. "
                     f"{remedy}, or stop at the first with reward_errors: stop",
                 )

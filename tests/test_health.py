@@ -292,11 +292,11 @@ def test_completions_that_are_all_cut_off():
     only(masked, 6, "with mask_truncated_completions none is trained on")
 
 
-@pytest.mark.parametrize("what", ["exceptions", "timeouts"])
+@pytest.mark.parametrize("what", ["exceptions", "timeouts", "invalid"])
 def test_reward_functions_that_keep_failing(what):
     name = f"rewards__tidy__{what}"
     found = said(steps(30, **{name: lambda i: i // 2}))
-    only(found, 6, f"tidy had 3 {what} in 6 batches")
+    only(found, 6, f"tidy had 3 {what}{' results' if what == 'invalid' else ''} in 6 batches")
     assert ("reward_timeout" in found[0][1]) == (what == "timeouts")
     assert said(steps(60, **{name: lambda i: 1 + i // 20})) == []  # rare: each kind was told of
 

@@ -24,8 +24,8 @@ class RewardOptions:
     """Seconds a reward function may take over a batch, in a process of its own; for `accuracy`,
     those of math-verify. None: it runs in the training process, without a limit."""
     reward_errors: Literal["stop", "none"] = "stop"
-    """What an exception or a timeout of a reward function does: it stops the run, or counts as
-    None for the completions of that batch."""
+    """What follows if a reward function raises, ends its process, takes too long or returns what
+    are no rewards: the run stops; or that is counted, and None for the completions of the batch."""
     soft_punish_cache: int | None = None
     """Of the reward `soft_overlong_punishment`: the last tokens before max_completion_length, over
     which the punishment goes from 0 to -1."""

@@ -35,7 +35,7 @@ PANELS = (
     Panel(
         title="Failures of reward functions",
         unit="batches so far that one did not judge",
-        keys=("rewards/*/exceptions", "rewards/*/timeouts"),
+        keys=("rewards/*/exceptions", "rewards/*/timeouts", "rewards/*/invalid"),
         smooth=False,
     ),
     Panel(
@@ -175,7 +175,7 @@ def short(key: str) -> str:
     """Return what a metric is called where its chart says the rest."""
     if match := re.fullmatch(r"(?:eval_)?rewards/(.*)/mean", key):
         return match[1]
-    if match := re.fullmatch(r"rewards/(.*)/(exceptions|timeouts)", key):
+    if match := re.fullmatch(r"rewards/(.*)/(exceptions|timeouts|invalid)", key):
         return f"{match[1]}: {match[2]}"
     clipped = {"low_mean": "below", "high_mean": "above", "region_mean": "either"}
     name = key.rpartition("/")[2]

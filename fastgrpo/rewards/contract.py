@@ -79,9 +79,9 @@ class Scores:
     """By index of the functions that returned steps: those of each completion, a bare number being
     one that ends at the last token (-1 if there is none); none where it did not judge."""
     metrics: dict[str, float]
-    """Means of what the functions logged, and `rewards/{name}/exceptions` and
-    `rewards/{name}/timeouts` of the whole run, or of its evaluations, for functions that had
-    some."""
+    """Means of what the functions logged, and how often they failed (`rewards/{name}/exceptions`,
+    `rewards/{name}/timeouts`, `rewards/{name}/invalid`) in the whole run, or in its evaluations,
+    for functions that did."""
     extra: dict[str, list[Any]]
     """Columns that the functions logged, one value a completion."""
     problems: list[str]

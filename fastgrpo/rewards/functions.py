@@ -1,7 +1,8 @@
 """Load a reward function, call it, check what it returns: in this process or in one of its own.
 
-`worker.py` reads this file by its path, so that a process for a function of three lines imports no
-torch: nothing but the standard library is imported here, and what is returned are plain types.
+`worker.py` imports this module without its package, so that a process for a function of three lines
+imports no torch: nothing but the standard library is imported here, and what is returned are plain
+types.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import operator
 import os
 import sys
 import traceback
@@ -19,15 +19,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypedDict
 
+from .values import Refused, Value, brief, checked
+
 Source = tuple[Literal["name"], str] | tuple[Literal["made"], tuple[str, dict[str, Any]]] | tuple[
     Literal["dill"], bytes
 ]  # fmt: skip
 """Where a function is: 'module:function' or 'path.py:function'; what such a function returns for
 some arguments; or the function itself, written by dill."""
-Value = float | list[tuple[int, float]] | None
-"""A reward; the rewards of a completion's steps, each with the index of its last token; or none."""
+Kind = Literal["exceptions", "timeouts", "invalid"]
+"""How a function failed: it ended or raised something; took too long; gave what is no rewards. The
+metric that counts it ends in this word."""
 
-_LARGEST = 3.4028234663852886e38  # of fp32
 _HERE, _LIBRARY = os.path.dirname(__file__), os.path.dirname(os.__file__)
 
 
@@ -44,7 +46,7 @@ class Traits(TypedDict):
 class Failure(TypedDict):
     """Why a function gave no rewards."""
 
-    kind: Literal["exception", "timeout", "contract"]
+    kind: Kind
     what: str
     """What it did, to follow its name in a sentence."""
     where: str
@@ -61,9 +63,7 @@ class Outcome(TypedDict):
     failure: Failure | None
 
 
-def failed(
-    kind: Literal["exception", "timeout", "contract"], what: str, where: str = "", trace: str = ""
-) -> Outcome:
+def failed(kind: Kind, what: str, where: str = "", trace: str = "") -> Outcome:
     """Return the outcome of a call that gave no rewards."""
     failure = Failure(kind=kind, what=what, where=where, traceback=trace)
     return Outcome(values=[], metrics=[], extra={}, failure=failure)
@@ -75,7 +75,7 @@ class TookTooLong(Exception):
 
 def expired(seconds: float, where: str = "") -> Outcome:
     """Return the outcome of a call that took longer than reward_timeout."""
-    return failed("timeout", f"took longer than reward_timeout: {seconds:g} s", where)
+    return failed("timeouts", f"took longer than reward_timeout: {seconds:g} s", where)
 
 
 def load(source: Source) -> Callable[..., Any]:
@@ -173,6 +173,15 @@ def taken(arguments: Mapping[str, Any], traits: Traits) -> dict[str, Any]:
     return {name: x for name, x in arguments.items() if takes is None or name in takes}
 
 
+def own(value: Any) -> Any:
+    """Return a value whose lists and mappings a function may change without others seeing it."""
+    if type(value) is list:
+        return [own(x) for x in value]
+    if type(value) is dict:
+        return {name: own(x) for name, x in value.items()}
+    return value
+
+
 class Call:
     """One call of a function on a batch."""
 
@@ -191,7 +200,7 @@ class Call:
         self._values: Any = None
         given = {**arguments, "log_metric": self._log_metric, "log_extra": self._log_extra}
         try:
-            self._values = function(**taken(given, traits))
+            self._values = function(**{name: own(x) for name, x in taken(given, traits).items()})
         except TookTooLong as error:
             self._failure = expired(*error.args)
         except (Exception, SystemExit) as error:
@@ -205,7 +214,7 @@ class Call:
 
     def _fail(self, error: BaseException) -> None:
         what, where, trace = describe(error)
-        self._failure = failed("exception", f"raised {what}", where, trace)
+        self._failure = failed("exceptions", f"raised {what}", where, trace)
 
     @property
     def waits(self) -> bool:
@@ -227,15 +236,23 @@ class Call:
             return self._failure
         count = len(self._lengths)
         try:
-            values = _checked(self._values, self._lengths)
+            values = checked(self._values, self._lengths)
             for column, entries in self._extra.items():
                 if len(entries) != count:
-                    raise _Refused(
+                    raise Refused(
                         f"logged {len(entries)} values of {column!r} for {count} completions; "
                         "give log_extra one for each"
                     )
-        except _Refused as error:
-            return failed("contract", str(error))
+        except Refused as error:
+            return failed("invalid", str(error))
+        except Exception as error:  # of the methods of what it returned
+            what, where, trace = describe(error)
+            return failed(
+                "invalid",
+                f"returned what cannot be read ({what}); return a list of numbers",
+                where,
+                trace,
+            )
         return Outcome(values=values, metrics=self._metrics, extra=self._extra, failure=None)
 
 
@@ -266,66 +283,11 @@ async def _finish(calls: Sequence[Call]) -> None:
     await asyncio.gather(*(call.finish() for call in calls))
 
 
-class _Refused(Exception):
-    """What a function returned does not keep to the contract."""
-
-
-def _checked(values: Any, lengths: Sequence[int]) -> list[Value]:
-    count = len(lengths)
-    sized = hasattr(values, "__len__")
-    if not sized or len(values) != count:
-        returned = f"{len(values)} values" if sized else repr(values)
-        raise _Refused(
-            f"returned {returned} for {count} completions; "
-            "return a list with one number or None for each"
-        )
-    return [_value(x, i, lengths[i]) for i, x in enumerate(values)]
-
-
-def _value(value: Any, index: int, length: int) -> Value:
-    if value is None:
-        return None
-    if isinstance(value, list | tuple) and all(isinstance(x, list | tuple) for x in value):
-        return [_step(step, index, length) for step in value]
-    number = _number(value)
-    if number is None:
-        raise _Refused(
-            f"returned {value!r} for completion {index}; return a finite number, None for a "
-            "completion it does not judge, or a list of (index of a step's last token, reward)"
-        )
-    return number
-
-
-def _step(step: Sequence[Any], index: int, length: int) -> tuple[int, float]:
-    try:
-        end, number = operator.index(step[0]), _number(step[1])
-        good = len(step) == 2 and number is not None and 0 <= end < length
-    except (IndexError, TypeError):
-        good, end, number = False, 0, None
-    if not good or number is None:
-        raise _Refused(
-            f"returned the step {step!r} for completion {index}, which has {length} tokens; "
-            "return (index of the step's last token, finite reward)"
-        )
-    return end, number
-
-
-def _number(value: Any) -> float | None:
-    # float() would also take strings, and arrays of one element.
-    if isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if abs(number) <= _LARGEST else None  # a NaN is not
-
-
 def describe(error: BaseException) -> tuple[str, str, str]:
     """Return the last line of a traceback, where in the user's code it was, and all of it."""
     what = traceback.format_exception_only(error)[-1].strip()
     frames = traceback.extract_tb(error.__traceback__)
-    return what, place(frames), "".join(traceback.format_exception(error))
+    return brief(what), place(frames), brief("".join(traceback.format_exception(error)), 10_000)
 
 
 def place(frames: Sequence[traceback.FrameSummary]) -> str:

@@ -71,8 +71,9 @@ class Judges:
             reward_weights: one a function; None: 1 each.
             reward_timeout: seconds that a function may take over a batch, the built-in `accuracy`
                 with math-verify; None: all are called in this process, without a limit.
-            reward_errors: what an exception or a timeout does: "stop" raises RewardError, "none"
-                leaves the batch without rewards of that function, and counts.
+            reward_errors: what it does if a function raises, takes too long or returns what are
+                no rewards: "stop" raises RewardError, "none" leaves the batch without rewards of
+                that function, and counts.
             soft_punish_cache: of the built-in `soft_overlong_punishment`.
             max_completion_length: of the same.
             chat_template_kwargs: for the chat templates of reward models.
@@ -199,9 +200,9 @@ class Judges:
             evaluation: failures are counted, and told once, apart from those of training.
 
         Raises:
-            RewardError: a function returned a wrong number of values, or one that is not a finite
-                number, or logged a metric of the trainer's; or an argument has a wrong length; or,
-                unless `reward_errors` is "none", a function raised something or took too long.
+            RewardError: a function logged a metric of the trainer's; or an argument has a wrong
+                length; or, unless `reward_errors` is "none", a function raised something, took too
+                long, or returned what are no finite numbers, one a completion.
         """
         refuse_own_arguments(columns)
         arguments: dict[str, Any] = {
@@ -280,19 +281,20 @@ class Judges:
         """Stop, or count and return a sentence for what is new."""
         name, kind = self.names[k], failure["kind"]
         said = f"reward function {name!r} {failure['what']}"
-        if kind == "contract":
-            raise RewardError(said)
-        said += f" over {count} completions{failure['where']}"
+        if kind != "invalid":  # which says what it is of, and what to do
+            said += f" over {count} completions{failure['where']}"
         if self.errors == "stop":
-            longer = "raise reward_timeout, " if kind == "timeout" else "mend it, "
-            error = RewardError(f"{said}; {longer}or set reward_errors: none to do without")
+            remedies = {"exceptions": "mend it, ", "timeouts": "raise reward_timeout, "}
+            said += f"; {remedies.get(kind, '')}or set reward_errors: none to do without"
+            error = RewardError(said)
             if failure["traceback"]:
                 error.add_note(failure["traceback"])
             raise error
-        metric = f"rewards/{name}/{kind}s"
+        metric = f"rewards/{name}/{kind}"
         counts = self.failures[evaluation]
         counts[metric] = counts.get(metric, 0) + 1
-        new = evaluation, k, kind, failure["where"] or failure["what"]
+        what = "" if kind == "invalid" else failure["what"]  # tells of one completion
+        new = evaluation, k, kind, failure["where"] or what
         if new in self._seen:
             return None
         self._seen.add(new)

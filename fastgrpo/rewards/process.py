@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import re
+import secrets
 import select
 import signal
 import subprocess
@@ -13,15 +15,20 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import Any, cast
 
 from .functions import Outcome, Source, Traits, expired, failed, place
-from .worker import receive, send
+from .worker import MOST_BYTES, receive, send
 
 _CLOSE_TIMEOUT_S = 2.0  # for what a function has registered with atexit
 _KILL_TIMEOUT_S = 10.0  # a process that a driver holds does not even end when killed
 _STACK_TIMEOUT_S = 0.5
 
 _WORKER = Path(__file__).with_name("worker.py")
+_MARK = "FASTGRPO_REWARD_PROCESS"
+"""The variable by which what a function has started is known, wherever it has gone."""
+_STRAY = "wrote into the pipe that its rewards go through"
+_LOADING_ERRORS = {e.__name__: e for e in (ValueError, ModuleNotFoundError, FileNotFoundError)}
 _FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
 
 
@@ -41,6 +48,7 @@ class Process:
         self.source = source
         self._popen: subprocess.Popen[bytes] | None = None
         self._lifeline = self._stack = -1
+        self._mark = secrets.token_hex(8)
 
     def start(self, seconds: float) -> Traits:
         """Start the process, in so much time, and return what it found.
@@ -50,16 +58,19 @@ class Process:
             ModuleNotFoundError, FileNotFoundError: there is no such module or file.
         """
         self._popen = self._spawn()
+        start = pickle.dumps((list(map(str, sys.path)), self.source))
         try:
-            reply = self._exchange(pickle.dumps((list(map(str, sys.path)), self.source)), seconds)
+            kind, found = json.loads(self._exchange(start, seconds))
         except _Expired as error:
             raise ValueError(f"{self._named} was not loaded in {seconds:g} s{error}") from None
         except _Ended as error:
             raise ValueError(f"{self._named} {error} while it was loaded") from None
-        kind, found = pickle.loads(reply)
+        except ValueError as error:
+            self.kill()
+            raise ValueError(f"{self._named} {_STRAY}: {error}") from None
         if kind is not None:
             self.kill()
-            raise kind(found)
+            raise _LOADING_ERRORS[kind](found)
         return found
 
     @property
@@ -79,18 +90,16 @@ class Process:
             if self._popen is None:
                 self.start(start_seconds)
         except (ValueError, ImportError, OSError) as error:
-            return failed("exception", f"could not be started again: {error}")
+            return failed("exceptions", f"could not be started again: {error}")
         try:
-            reply = self._exchange(request, seconds)
+            return _outcome(json.loads(self._exchange(request, seconds)))
         except _Expired as error:
             return expired(seconds, str(error))
         except _Ended as error:
-            return failed("exception", str(error))
-        try:
-            return pickle.loads(reply)
-        except Exception as error:
-            what = f"gave log_extra what cannot be read here ({error}); give it plain values"
-            return failed("contract", what)
+            return failed("exceptions", str(error))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self.kill()  # what comes next may be the rest of it
+            return failed("invalid", f"{_STRAY} ({error!r:.200}); let it leave descriptors alone")
 
     def close(self) -> None:
         """Let the process end, and end it if it does not; a call starts it again."""
@@ -110,6 +119,7 @@ class Process:
                 popen.kill()
             else:
                 os.killpg(popen.pid, signal.SIGKILL)
+        _end_marked(f"{_MARK}={self._mark}\0".encode())
 
     def kill(self) -> int | None:
         """End the process; return its exit status, which is its own if it was ending already."""
@@ -140,6 +150,7 @@ class Process:
                 [sys.executable, "-P", str(_WORKER), *map(str, theirs)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                env=os.environ | {_MARK: self._mark},
                 pass_fds=theirs,
                 start_new_session=True,  # Ctrl-C is for the parent; and one signal ends them all
             )
@@ -157,6 +168,7 @@ class Process:
 
         Raises:
             _Expired, _Ended: there was none.
+            ValueError: there was something else.
         """
         popen = self._popen
         assert popen is not None and popen.stdin is not None and popen.stdout is not None
@@ -172,7 +184,7 @@ class Process:
         reply = None
         try:
             send(popen.stdin, payload)
-            reply = receive(popen.stdout)
+            reply = receive(popen.stdout, MOST_BYTES)
         except OSError:  # it ended before it had read everything
             pass
         finally:
@@ -187,6 +199,9 @@ class Process:
 
     def _how_it_ended(self) -> str:
         """End what is left of a process that has closed its pipe, which it does as it ends."""
+        assert self._popen is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(_CLOSE_TIMEOUT_S)  # for a status of its own
         status = self.kill()
         if status is None:
             return "ended its process"
@@ -213,3 +228,22 @@ class Process:
             for file, line, function in _FRAME.findall(text.decode(errors="replace"))
         ]
         return place(frames[::-1])
+
+
+def _outcome(reply: dict[str, Any]) -> Outcome:
+    """Return an outcome that went through JSON, which has no tuples."""
+    values = [[(int(e), r) for e, r in x] if isinstance(x, list) else x for x in reply["values"]]
+    metrics = [(str(name), float(value)) for name, value in reply["metrics"]]
+    return cast("Outcome", {**reply, "values": values, "metrics": metrics})
+
+
+def _end_marked(mark: bytes) -> None:
+    """End what a function has started in a session of its own, where /proc tells of it."""
+    found = True
+    while found:  # another may have been started meanwhile
+        found = False
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it is somebody else's, or has ended
+                if mark in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+                    found = True

@@ -1,14 +1,17 @@
 """The process of one reward function, started by path, so that it imports nothing that is not used.
 
-It reads where its function is, says what it found, and then answers requests until they end. What
-is read and written are frames: eight bytes of length, then a pickle.
+It reads where its function is, says what it found, and then answers requests until they end, in
+frames: eight bytes of length, then a pickle of the parent's, or the answer in JSON. The parent
+unpickles nothing that comes from a process in which completions are judged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib.util
+import importlib
+import json
+import math
 import os
 import pickle
 import random
@@ -18,9 +21,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 LENGTH = struct.Struct("<Q")
+MOST_BYTES = 1 << 30
+"""Of a reply: more is no reply, but what something else has written into the pipe."""
 
 
 def send(stream: IO[bytes], payload: bytes) -> None:
@@ -30,13 +36,20 @@ def send(stream: IO[bytes], payload: bytes) -> None:
     stream.flush()
 
 
-def receive(stream: IO[bytes]) -> bytes | None:
-    """Read a frame; None where the stream ends."""
+def receive(stream: IO[bytes], most: float = math.inf) -> bytes | None:
+    """Read a frame; None where the stream ends.
+
+    Raises:
+        ValueError: it has more than `most` bytes.
+    """
     header = stream.read(LENGTH.size)
     if len(header) < LENGTH.size:
         return None
-    payload = stream.read(LENGTH.unpack(header)[0])
-    return payload if len(payload) == LENGTH.unpack(header)[0] else None
+    (length,) = LENGTH.unpack(header)
+    if length > most:
+        raise ValueError(f"a frame of {length:,} bytes")
+    payload = stream.read(length)
+    return payload if len(payload) == length else None
 
 
 def die_with_parent(lifeline: int) -> None:
@@ -85,14 +98,30 @@ def private_pipes() -> tuple[IO[bytes], IO[bytes]]:
 
 
 def load_functions() -> Any:
-    """Return the module `functions` beside this file, without its package."""
-    path = Path(__file__).with_name("functions.py")
-    spec = importlib.util.spec_from_file_location("fastgrpo_reward_functions", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """Return the module `functions` beside this file, in a package that imports nothing else."""
+    package = ModuleType("fastgrpo_reward_process")
+    package.__path__ = [str(Path(__file__).parent)]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.functions")
+
+
+def spare_the_parent() -> None:
+    """Let Linux end this process, not the run, if the two of them use up the memory."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def encoded(reply: Any) -> bytes:
+    """Return a reply as JSON; arrays and tensors are numbers or lists, other objects text.
+
+    Raises:
+        Exception: JSON has nothing for it.
+    """
+    return json.dumps(reply, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def run(coroutine: Any) -> None:
@@ -129,24 +158,27 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     except (ValueError, OSError, ImportError) as error:
         kinds = (FileNotFoundError, ModuleNotFoundError)
         kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
-        send(replies, pickle.dumps((kind, str(error))))
+        send(replies, encoded([kind.__name__, str(error)]))
         return
-    send(replies, pickle.dumps((None, traits)))
+    send(replies, encoded([None, traits]))
     while (request := receive(requests)) is not None:
         try:
             number, lengths, arguments = pickle.loads(request)
         except Exception as error:
             what, where, trace = functions.describe(error)
             what = f"could not be given the columns of the dataset: {what}"
-            outcome = functions.failed("exception", what, where, trace)
+            outcome = functions.failed("exceptions", what, where, trace)
         else:
             seed(number)
             (outcome,) = functions.call_all([(function, traits)], arguments, lengths, run)
         try:
-            reply = pickle.dumps(outcome)
+            reply = encoded(outcome)
         except Exception as error:
             what = f"gave log_extra what cannot leave its process ({functions.describe(error)[0]})"
-            reply = pickle.dumps(functions.failed("contract", f"{what}; give it plain values"))
+            reply = encoded(functions.failed("invalid", f"{what}; give it plain values"))
+        if len(reply) > MOST_BYTES:
+            what = f"gave log_extra {len(reply):,} bytes, more than the {MOST_BYTES:,} it may"
+            reply = encoded(functions.failed("invalid", f"{what}; give it less"))
         send(replies, reply)
 
 
@@ -167,6 +199,7 @@ def main(pipes: list[str]) -> None:
     # end of the parent is the end of this one. (Ignored, they would be so in programs it starts.)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stay)
+    spare_the_parent()
     serve(*private_pipes())
 
 

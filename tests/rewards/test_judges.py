@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import math
+import re
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -111,23 +112,36 @@ def test_every_kind_of_number_is_accepted(judge, kind, reward_timeout):
     assert score().rewards_BK.tolist() == [[1.0], [0.0]]
 
 
-@pytest.mark.parametrize("errors", ["stop", "none"])
+@pytest.mark.fault(
+    "a reward is a text, NaN, infinite, larger than fp32 holds, an array or no number",
+    "the run stops and names the completion; with reward_errors: none the batch counts as invalid",
+)
 @pytest.mark.parametrize(
     "value",
     ["1", b"1", math.nan, math.inf, 1e300, 10**400, [1.0], np.array([1.0]), torch.ones(1), 1j, {}],
 )
-def test_a_value_that_is_no_finite_number_is_named(judge, value, errors):
+def test_a_value_that_is_no_finite_number_is_named(judge, value):
     def judge_badly(**columns):
         return [0.0, value]
 
-    _, score = judge(judge_badly, reward_timeout=None, reward_errors=errors)
-    with pytest.raises(
-        RewardError, match=r"'judge_badly' returned .* for completion 1; return a fin"
-    ):
+    message = r"'judge_badly' returned .* for completion 1; return a fin"
+    _, score = judge(judge_badly, reward_timeout=None)
+    with pytest.raises(RewardError, match=message):
         score()
+    _, score = judge(judge_badly, "tag_count", reward_timeout=None, reward_errors="none")
+    scores = score()
+    assert re.search(message, scores.problems[0])
+    assert scores.rewards_BK.isnan().tolist() == [[True, False]] * 2
+    assert scores.metrics == {"rewards/judge_badly/invalid": 1}
+    assert score().metrics == {"rewards/judge_badly/invalid": 2}
+    assert score().problems == []
 
 
 @both
+@pytest.mark.fault(
+    "rewards are too few, too many, none at all, a number, a mapping, or steps beyond the end",
+    "the run stops and says what came; with reward_errors: none the batch counts as invalid",
+)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -141,15 +155,23 @@ def test_a_value_that_is_no_finite_number_is_named(judge, value, errors):
         ([0, [(0, 1.0, 2.0)]], "the step"),
         ([0, [(0.5, 1.0)]], "the step"),
         ([0, [()]], "the step"),
+        ({0: 1.0, 1: 2.0}, r"'short' returned \{0: 1\.0, 1: 2\.0\} for 2 completions"),
+        ({0.0, 1.0}, r"'short' returned \{0\.0, 1\.0\} for 2 completions"),
+        (b"ab", "'short' returned b'ab' for 2 completions"),
+        ("ab", "'short' returned 'ab' for 2 completions"),
     ],
 )
-def test_what_breaks_the_contract_stops_whatever_the_policy(judge, values, message, reward_timeout):
+def test_what_are_no_rewards_stops_the_run_or_counts(judge, values, message, reward_timeout):
     def short(**columns):
         return values
 
-    _, score = judge(short, reward_timeout=reward_timeout, reward_errors="none")
+    judges, score = judge(short, reward_timeout=reward_timeout)
     with pytest.raises(RewardError, match=message):
         score()
+    judges.errors = "none"
+    scores = score()
+    assert scores.metrics == {"rewards/short/invalid": 1}
+    assert re.search(message, scores.problems[0])
 
 
 @both
