@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -98,3 +99,46 @@ def two_splits(tmp_path, word_problems):
     (folder / "train.jsonl").write_text("".join(text[:24]))
     (folder / "test.jsonl").write_text("".join(text[24:]))
     return str(folder)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file of reward functions; return the beginning of their names."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(text)
+        return f"{path}:"
+
+    yield write
+    sys.modules.pop("fastgrpo_rewards_mine", None)  # of a function that was called here
+
+
+@pytest.fixture
+def judge():
+    """Have two completions of two and three tokens judged; the judges are closed in the end."""
+    from fastgrpo.rewards import Judges
+
+    made = []
+
+    def judge(*reward_funcs, columns=None, trainer_state=None, **options):
+        judges = Judges(reward_funcs, **options)
+        made.append(judges)
+
+        def score(**arguments):
+            return judges.score(
+                **{
+                    "prompts": ["p", "p"],
+                    "completions": ["a", "bcd"],
+                    "completion_ids": [[1, 4], [2, 3, 4]],
+                    "columns": columns or {},
+                    "trainer_state": trainer_state,
+                    **arguments,
+                }
+            )
+
+        return judges, score
+
+    yield judge
+    for judges in made:
+        judges.close()

@@ -160,7 +160,7 @@ def test_a_batch_of_bombs_ends_at_reward_timeout(judge, monkeypatch):
 def test_a_checker_that_was_killed_is_started_again():
     assert reward_of("3/7", "6/14") == 1.0
     assert answers._checker._process is not None
-    os.kill(answers._checker._process.pid, signal.SIGTERM)
+    os.kill(answers._checker._process.pid, signal.SIGKILL)
     answers._checker._process.wait()
     assert reward_of("3/7", "9/21") == 1.0
 
