@@ -36,6 +36,7 @@ _METRICS = frozenset(
         "num_computed_sequences",
         "num_computed_rows",
         "num_gradient_rows",
+        "skipped_steps",
         "step_time",
         "tokens_per_second",
         "epoch",
