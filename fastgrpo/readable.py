@@ -51,6 +51,8 @@ def shown(value: Any, *, quoted: bool = True, most: int = QUOTED) -> str:
     """
     if value is None or isinstance(value, bool):
         return json.dumps(value)  # as YAML has it
+    if not isinstance(value, str | int | float | bytes | list | tuple | Mapping):
+        value = str(value)  # a date, for example
     if isinstance(value, str) and not quoted:
         words = " ".join(value[: 10 * most].split())
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)

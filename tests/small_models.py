@@ -60,7 +60,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 def small_model(family: str = "qwen3", tie: bool = True, seed: int = 0, **options):
     tokenizer = small_tokenizer()
     config = CONFIGS[family](
-        vocab_size=len(tokenizer),
+        vocab_size=options.pop("vocab_size", len(tokenizer)),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

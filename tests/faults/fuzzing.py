@@ -23,7 +23,8 @@ _INTERNAL = re.compile(
     r"datetime\.|Error\(|Exception\(|site-packages|/fastgrpo/"
 )
 _REMEDY = re.compile(
-    r"; |must |needs |did you mean|look like|leave|write|use |name |give |take | in front|instead$"
+    r"; |must |needs |did you mean|look like|leave|write|use |name |give |take |set |"
+    r" in front|instead$"
 )
 
 

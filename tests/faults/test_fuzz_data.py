@@ -1,13 +1,18 @@
 """Whatever stands in a file of prompts, it is taken, or refused in a sentence."""
 
+import gc
 import gzip
 import json
 import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets import Dataset, DatasetDict
 from fuzzing import FEW, MANY, assert_sentences, check_each
 from hypothesis import strategies as st
 
@@ -143,12 +148,45 @@ def parquets(draw):
     return ".parquet", damaged(parquet(table.slice(0, draw(st.integers(0, 2)))), draw)
 
 
+@cache
+def saved() -> dict[str, bytes]:
+    """Return the files of a dataset that `save_to_disk` has made, and of one with two splits."""
+    prompts = Dataset.from_dict({"prompt": ["a", "b"]})
+    files = {}
+    with TemporaryDirectory() as place:
+        prompts.save_to_disk(f"{place}/one")
+        DatasetDict(train=prompts, test=prompts).save_to_disk(f"{place}/two")
+        for path in Path(place).rglob("*.*"):
+            files[str(path.relative_to(place))] = path.read_bytes()
+    return files
+
+
+@st.composite
+def folders(draw):
+    """A folder of data files, or one that was saved, with a damaged file or without one."""
+    if draw(st.booleans()):
+        names = st.sampled_from(["train", "test", "data", ".hidden", "a/train", "a/b/test"])
+        files = draw(st.lists(st.tuples(names, one_file), max_size=3))
+        return "", {name + suffix: data for name, (suffix, data) in files}
+    which = draw(st.sampled_from(["one/", "two/"]))
+    files = {n.removeprefix(which): data for n, data in saved().items() if n.startswith(which)}
+    name = draw(st.sampled_from(sorted(files)))
+    damage = draw(
+        st.sampled_from([b"", b"{", b"[]", b"null", b'"x"', b'{"_data_files": []}', None])
+    )
+    files[name] = damaged(files[name], draw) if damage is None else damage
+    if draw(st.integers(0, 4)) == 0:
+        del files[name]
+    return "", files
+
+
 raw = st.tuples(
     st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".txt", ".gz"]),
     st.sampled_from(BYTES) | st.binary(max_size=30),
 )
+one_file = st.one_of(jsonl(), jsonl(), documents(), csvs(), csvs(), parquets(), raw)
 cases = st.tuples(
-    st.one_of(jsonl(), jsonl(), documents(), csvs(), csvs(), parquets(), raw),
+    st.one_of(one_file, one_file, one_file, one_file, one_file, one_file, folders()),
     st.sampled_from(["prompt", "prompt", "prompt", "question", "answer", "", "x" * 300, "a\nb"]),
     st.sampled_from(["train", "train", "train", "test", "train[:1]", "x" * 300, "a\nb"]),
 )
@@ -175,6 +213,7 @@ def load(tmp_path, monkeypatch):
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
 
     yield make
+    gc.collect()
     datasets.logging.set_verbosity_warning()
     if not progress_bars:
         datasets.enable_progress_bars()
@@ -189,14 +228,20 @@ def check_files(load, place, count):
         (suffix, data), column, split = case
         number += 1
         path = place / f"{number}{suffix}"
-        path.write_bytes(data)
+        if isinstance(data, dict):
+            for name, content in data.items():
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_bytes(content)
+            path.mkdir(exist_ok=True)
+        else:
+            path.write_bytes(data)
         prompts = load(path, column, split)
         if prompts is not None and suffix == ".jsonl":
             rows = [
                 json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()
             ]
             assert [*map(text_of, prompts)] == [text_of(row[column]) for row in rows]
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     check_each(cases, check, count)
 
