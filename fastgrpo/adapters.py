@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -53,12 +54,32 @@ def add_adapters(model: PreTrainedModel, config: ModelOptions) -> PeftModel:
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets is None else targets,  # all but the LM head
     )
-    with warnings.catch_warnings():
-        # Of transformers 5.23, about a name that peft uses.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+    with _peft_quiet():
         adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def load_adapters(model: PreTrainedModel, path: Path, *, is_trainable: bool = False) -> PeftModel:
+    """Put the adapters of a checkpoint on the model that they were trained on.
+
+    Args:
+        model: changed in place; the result wraps it.
+        path: the checkpoint.
+        is_trainable: they are to be trained, and everything else is frozen.
+    """
+    from peft import PeftModel
+
+    with _peft_quiet():
+        return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
+
+
+@contextmanager
+def _peft_quiet() -> Generator[None]:
+    with warnings.catch_warnings():
+        # Of transformers 5.23, about a name that peft uses.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 @contextmanager

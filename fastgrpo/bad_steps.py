@@ -37,6 +37,8 @@ class BadStep:
     loss: float
     grad_norm: float
     """Before it was clipped."""
+    limit: float | None
+    """Which the norm had to stay below, if there was one."""
     finding: Finding | None
     """Where it went wrong; None: no module has, as in a spike."""
     passes: list[list[list[int]]]
@@ -73,7 +75,8 @@ class BadSteps:
         """The last of them, without one that was."""
         self.weights: str | None = None
         """The directory that holds the parameters of all of this row."""
-        self._norms: deque[float] = deque(maxlen=config.grad_norm_window)
+        self._window = config.grad_norm_window
+        self._norms: deque[float] = deque(maxlen=self._window)
 
     def reason(self, loss: float, grad_norm: float) -> str | None:
         """Return why a step must not be taken, in words; None: it may be.
@@ -84,13 +87,18 @@ class BadSteps:
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return f"the loss is {loss:.3g} and the norm of the gradient is {grad_norm:.3g}"
-        ratio, norms = self.config.max_grad_norm_ratio, self._norms
-        if ratio is not None and len(norms) == norms.maxlen and grad_norm > ratio * median(norms):
+        if self.limit is not None and grad_norm > self.limit:
             return (
-                f"the norm of the gradient is {grad_norm:.3g}, and {median(norms):.3g} in the "
-                f"median of the {len(norms)} steps before"
+                f"the norm of the gradient is {grad_norm:.3g}, above {self.limit:.3g}, which is "
+                f"max_grad_norm_ratio times the median of the {len(self._norms)} steps before"
             )
         return None
+
+    @property
+    def limit(self) -> float | None:
+        """What the norm of the next gradient may be; None: there is none, or none yet."""
+        ratio, norms = self.config.max_grad_norm_ratio, self._norms
+        return None if ratio is None or len(norms) < self._window else ratio * median(norms)
 
     def took(self, grad_norm: float) -> None:
         """Note a step that was taken; one without a signal says nothing of the others."""
@@ -103,11 +111,12 @@ class BadSteps:
         self.skipped += 1
         self.in_a_row += 1
 
-    def check(self, said: str) -> None:
+    def check(self, said: str, finding: Finding | None) -> None:
         """End the run if there were too many in a row.
 
         Args:
             said: of the last, in words.
+            finding: where it went wrong.
 
         Raises:
             FloatingPointError: says what to do.
@@ -117,7 +126,11 @@ class BadSteps:
             raise FloatingPointError(
                 f"{said}; {count} could not be taken, max_bad_steps is "
                 f"{self.config.max_bad_steps}, and the weights are still those of the step before: "
-                "lower learning_rate, or look at the last rewards in rewards.jsonl"
+                + (
+                    "look at what the model was loaded from, or go on from an earlier checkpoint"
+                    if finding and finding.is_parameter
+                    else "lower learning_rate, or look at the last rewards in rewards.jsonl"
+                )
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +146,7 @@ class BadSteps:
         """Go on where `state_dict` was called."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.weights = state["weights"]
-        self._norms = deque(state["norms"], maxlen=self.config.grad_norm_window)
+        self._norms = deque(state["norms"], maxlen=self._window)
 
 
 def save_bad_step(

@@ -1,4 +1,4 @@
-"""The command line: `fastgrpo plan`, `train`, `eval` and `report`."""
+"""The command line: `fastgrpo plan`, `train`, `eval`, `report` and `replay`."""
 
 from __future__ import annotations
 
@@ -47,12 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write a run as one HTML page",
         description="Write a run, finished or going on, as one HTML page; its path is printed.",
     )
+    replay_parser = commands.add_parser(
+        "replay",
+        help="run a step again that was not taken",
+        description="Run a step again that was not taken since its numbers had gone wrong, and say "
+        "where they do so; key=value, dtype=float32 for example, to see what it depends on.",
+    )
+    replay_parser.add_argument("step", help="bad_steps/step-N of a run directory")
     eval_parser.add_argument(
         "run", help="a run directory, or a configuration, whose model is then measured untrained"
     )
     for command in (train_parser, plan_parser):
         command.add_argument("config", help="a YAML file; the repository has some in configs/")
-    for command in (train_parser, plan_parser, eval_parser):
+    for command in (train_parser, plan_parser, eval_parser, replay_parser):
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="for example learning_rate=3e-6"
         )
@@ -105,6 +112,8 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return plan(options.config, overrides, options.gpu_memory, options.prompt_length)
     if options.command == "eval":
         return evaluate(options, overrides)
+    if options.command == "replay":
+        return replay(options.step, overrides)
     if options.command == "report":
         return report(options.run, options.out)
     from .train_command import train
@@ -232,6 +241,23 @@ def evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         complain("interrupted")
         return exit_status(error)
+    except (ValueError, OSError, ImportError) as error:
+        complain(error)
+        return 2
+    return 0
+
+
+def replay(step: str, overrides: Sequence[str]) -> int:
+    """Print what comes of a step that was not taken; whether it goes wrong again, the status is 0.
+
+    Wrong input is told in one sentence.
+    """
+    print(f"fastgrpo: loading {step}", file=sys.stderr, flush=True)
+    try:
+        from . import replay as again
+
+        for line in again.show(again.replay(step, overrides)):
+            print(plain(line))
     except (ValueError, OSError, ImportError) as error:
         complain(error)
         return 2

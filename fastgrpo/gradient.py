@@ -179,6 +179,6 @@ class Step:
             policy.reshard()  # what passes without a gradient have left gathered as well
         if not self.passes.num:  # a gradient of 0, which momentum outlives, is not no gradient
             for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
+                if parameter.requires_grad:  # and of what is no number it is none either
+                    parameter.grad = parameter.detach() * 0
         return totals, logps

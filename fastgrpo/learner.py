@@ -154,7 +154,7 @@ class Learner:
         self.optimizer.zero_grad()
         set_random_states(random, self.policy.device)
         finding = first_bad(step)
-        said = f"step {number}: {reason}" + (f"; {finding}" if finding else "")
+        said = reason + (f"; {finding}" if finding else "")
         if self.run_directory is not None:
             name = f"step-{number}"
             begins = bad_steps.weights is None
@@ -162,6 +162,7 @@ class Learner:
                 number,
                 reason,
                 *values,
+                bad_steps.limit,
                 finding,
                 step.passes.of_ranks,
                 self.entropy_bonus.state_dict(),
@@ -178,8 +179,8 @@ class Learner:
             else:
                 bad_steps.weights = bad.weights
                 said += f"; `fastgrpo replay {folder}` runs it again{kept}"
-        bad_steps.check(said)
-        self._problems.append(f"{said}; it was not taken, and the weights are as they were")
+        bad_steps.check(f"step {number}: {said}", finding)
+        self._problems.append(f"step {number} was skipped, nothing has changed: {said}")
 
     def _write(
         self,
@@ -197,7 +198,7 @@ class Learner:
         save_checkpoint(place, policy.model, policy.tokenizer, state_dict=weights)
         forget_other_weights(folder)
         size = sum(file.stat().st_size for file in place.iterdir())
-        return f" (its weights take {size / 2**30:.2g} GiB)"
+        return f" (its weights take {size / 2**20:,.1f} MiB)"
 
     def take_problems(self) -> list[str]:
         """Return what went wrong since the last time, a sentence each."""

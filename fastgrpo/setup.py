@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 from transformers.utils.import_utils import is_kernels_available
 
@@ -100,19 +100,38 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     Raises:
         ValueError: the model cannot do what the configuration asks for; says what and what to do.
     """
-    model: Any = assets.model  # PEFT's wrapper is none to a type checker
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.parallel is None and next(model.parameters()).device.type != device.type:
-        model.to(device)
+    model: Any = on_device(config, assets.model)
     if config.load_in_4bit and not getattr(model, "is_quantized", False):
         raise ValueError(
             "load_in_4bit: the model you brought is not in 4 bits; load it so, or leave it out"
         )
     if config.use_peft:
         model = add_adapters(model, config)
+    return make_policy(config, model, assets.tokenizer)
+
+
+def on_device(config: TrainConfig, model: Any) -> Any:
+    """Put a model where it computes, unless that is for sharding to do."""
+    device = training_device()
+    if config.parallel is None and next(model.parameters()).device.type != device.type:
+        model.to(device)
+    return model
+
+
+def training_device() -> torch.device:
+    """Return what models are trained on: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_policy(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """Make a model, with its adapters if it has some, ready to be trained.
+
+    Raises:
+        ValueError: it cannot do what the configuration asks for; says what and what to do.
+    """
     if config.disable_dropout:
         disable_dropout(model)
-    bf16, sharding = computes_in_bf16(config, device), None
+    bf16, sharding = computes_in_bf16(config, training_device()), None
     if config.parallel is not None:
         from .sharding import Sharding, build_mesh
 
@@ -121,7 +140,7 @@ def load_policy(config: TrainConfig, assets: Assets) -> Policy:
     with nullcontext() if sharding is None else sharding.whole():
         policy = Policy(
             model,
-            assets.tokenizer,
+            tokenizer,
             bf16=bf16,
             padding_free=False if _names_a_padded_attention(config) else config.padding_free,
             sharding=sharding,

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .gradient import Step
 
+_OF_BATCH = " of the batch"
+
 
 @dataclass(frozen=True)
 class Range:
@@ -94,6 +96,11 @@ class Finding:
     rank: int = 0
     index: int = 0
     """Of the pass among those of the rank."""
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the model was bad before the step."""
+        return self.phase == "before" and not self.module.endswith(_OF_BATCH)
 
     def __str__(self) -> str:
         name = self.module
@@ -198,18 +205,19 @@ class Watched:
     """Where it went wrong; None: it did not."""
 
 
-def watch(step: Step) -> Iterator[Watched]:
-    """Run this rank's passes again, one after the other, and say of each where it goes wrong.
+def watch(step: Step, own: Iterable[list[int]]) -> Iterator[Watched]:
+    """Run passes one after the other, and say of each where it goes wrong; all ranks take all.
 
-    All ranks take all passes. Gradients are left with the parameters.
+    Args:
+        step: what they belong to. Its gradient is left with the parameters.
+        own: the passes of this rank.
     """
     policy, rank = step.policy, step.world.rank
     model = policy.model
     model.zero_grad()
-    bad = _not_finite((name, p) for name, p in model.named_parameters())
     with policy.packing():
         model.train()
-        for i, rows in enumerate(step.passes.of(rank)):
+        for i, rows in enumerate(own):
             trace = Trace(model)
             # What is compiled would be compiled anew.
             eager = torch.compiler.set_stance("force_eager") if policy.compiled else nullcontext()
@@ -218,16 +226,25 @@ def watch(step: Step) -> Iterator[Watched]:
                 trace.goes_back = True
                 step.backward(share)
             loss = float(share.loss.detach())
-            where = ("before", bad) if bad else _where(step, rows, trace, loss)
+            where = _where(step, rows, trace, loss)
             finding = where and Finding(where[1], where[0], rank, i)
             yield Watched(i, trace, loss, finding)
         policy.reshard()
 
 
+def bad_parameter(step: Step) -> Finding | None:
+    """Return the first parameter that was no number before the step; all ranks call it."""
+    bad = _not_finite((name, p) for name, p in step.policy.model.named_parameters())
+    found = None if bad is None else Finding(bad, "before", step.world.rank)
+    return next((one for one in step.world.gather(found) if one), None)
+
+
 def first_bad(step: Step) -> Finding | None:
-    """Return where a step goes wrong first, which runs its passes again; all ranks call it."""
-    found: Finding | None = None
-    for watched in watch(step):
+    """Return where a step goes wrong first, which may run its passes again; all ranks call it."""
+    found = bad_parameter(step)
+    if found is not None:
+        return found
+    for watched in watch(step, step.passes.of(step.world.rank)):
         found = found or watched.finding
         if found and step.world.size == 1:
             break
@@ -243,7 +260,7 @@ def _where(step: Step, rows: list[int], trace: Trace, loss: float) -> tuple[str,
     given = ((name, getattr(micro, name)) for name in columns)
     bad = _not_finite((name, x[micro.mask.to(x.device)]) for name, x in given if x is not None)
     if bad:
-        return "before", f"{bad} of the batch"
+        return "before", bad + _OF_BATCH
     head = next(n for n, m in step.policy.model.named_modules() if m is step.policy.head.module)
     if call := next((call for call in trace.forward if call.is_bad), None):
         return "forward", call.module

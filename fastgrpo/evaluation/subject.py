@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..adapters import load_adapters
 from ..config import EvalConfig, TrainConfig, load_config
 from ..data import load_prompts
 from ..json_lines import read_lines
@@ -152,12 +152,7 @@ def load_subject(subject: Subject) -> Policy:
         )
         model, tokenizer = load_model(source), load_tokenizer(source)
         if base is not None:
-            from peft import PeftModel
-
-            with warnings.catch_warnings():
-                # Of transformers 5.23, about a name that peft uses.
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-                model = PeftModel.from_pretrained(model, str(Path(place).expanduser()))
+            model = load_adapters(model, Path(place).expanduser())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if next(model.parameters()).device.type != device.type:
         model.to(device)
