@@ -146,8 +146,8 @@ def _add_eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="NAME",
-        help="final (default of a run), step-N, base (before training), or the directory or Hub "
-        "name of another model",
+        help="final (default of a run), best, step-N, base (before training), or the directory or "
+        "Hub name of another model",
     )
     parser.add_argument(
         "-n",

@@ -7,6 +7,9 @@ from pathlib import Path
 from .checkpoint import put_aside, remove_checkpoint, tidy
 from .manifest import damage
 
+BEST = "best.json"
+"""In the checkpoint `best`: its metric, value and step."""
+
 
 class RunCheckpoints:
     """What is in `checkpoints/` of a run directory, by steps."""
@@ -45,7 +48,10 @@ class RunCheckpoints:
                 why.append(f"{path.name}: {problem}")
             elif (path / "state").is_dir():
                 self._check_base()
-                return path, [self._put_aside(*each, "is gone on from") for each in damaged.items()]
+                return path, [
+                    self._put_aside(*each, "the run goes on from the one before it")
+                    for each in damaged.items()
+                ]
             else:
                 why.append(f"{path.name} is a model alone, as save_only_model has it")
         why += [f"{path.name} is damaged" for path in sorted(self.folder.glob("damaged-*"))]
@@ -85,7 +91,7 @@ class RunCheckpoints:
             # All of it is read when a run goes on from it; here it would be at every save.
             problem = damage(path, read=False)
             if problem is not None:
-                told.append(self._put_aside(path, problem, "stays in its place"))
+                told.append(self._put_aside(path, problem, "it does not count to save_total_limit"))
             elif kept < (limit or 0):
                 kept += 1
             else:
@@ -97,6 +103,6 @@ class RunCheckpoints:
         """Give a damaged checkpoint another name, and say so."""
         name = put_aside(path).name
         return (
-            f"checkpoint {path.name} is damaged ({problem}) and is called {name} from now on; the "
-            f"one before it {follows}"
+            f"checkpoint {path.name} is damaged ({problem}) and is called {name} from now on; "
+            f"{follows}"
         )

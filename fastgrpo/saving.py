@@ -25,14 +25,12 @@ from .manifest import damage
 from .metrics import completion_metrics, reward_metrics
 from .rewards import Judges
 from .rewards.contract import is_reserved
+from .run_checkpoints import BEST
 from .signals import Stopped
 from .training_state import save_state
 
 if TYPE_CHECKING:
     from .trainer import Trainer
-
-BEST = "best.json"
-"""In the directory `best`: its metric, value and step."""
 
 
 class Saver:

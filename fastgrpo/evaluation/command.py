@@ -42,8 +42,8 @@ class EvalOptions:
     """What `fastgrpo eval` is asked."""
 
     checkpoint: str | None = None
-    """`final`, `step-N`, `base` (before training), or the directory or Hub name of another model;
-    None: `final` of a run, `base` of a configuration."""
+    """`final`, `best`, `step-N`, `base` (before training), or the directory or Hub name of another
+    model; None: `final` of a run, `base` of a configuration."""
     split: str | None = None
     """Of the dataset; None: the configuration's test split."""
     num_samples: int | None = None

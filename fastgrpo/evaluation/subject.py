@@ -16,7 +16,9 @@ from ..config import EvalConfig, TrainConfig, load_config
 from ..data import load_prompts
 from ..json_lines import read_lines
 from ..loading import computes_in_bf16, load_model, load_tokenizer
+from ..manifest import damage
 from ..model import Policy
+from ..run_checkpoints import BEST, RunCheckpoints
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +30,7 @@ class Subject:
 
     config: TrainConfig
     checkpoint: str
-    """`final`, `step-N`, `base`, or the directory or Hub name of another model."""
+    """`final`, `best`, `step-N`, `base`, or the directory or Hub name of another model."""
     place: str | None
     """Directory or Hub name; None: what the configuration's task makes."""
     results: Path
@@ -48,7 +50,7 @@ def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> 
         overrides: `key=value` over the configuration.
 
     Raises:
-        ValueError: there is no such run, configuration or checkpoint.
+        ValueError: there is no such run, configuration or checkpoint, or it is damaged.
     """
     path = Path(run).expanduser()
     if not path.is_dir():
@@ -72,6 +74,7 @@ def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> 
     is_step = checkpoint.startswith("step-") and checkpoint.removeprefix("step-").isdecimal()
     place: str | None = checkpoint
     if checkpoint in folders:
+        _check_whole(path, checkpoint, folders[checkpoint])
         place = str(folders[checkpoint])
     elif checkpoint == "base":
         place = config.model_name_or_path
@@ -82,13 +85,23 @@ def find_subject(run: str, checkpoint: str | None, overrides: Sequence[str]) -> 
                 f"{run} began with a model that its task had warmed up and that is not kept; "
                 "summary.json has its accuracy"
             )
-    elif checkpoint == "final" or is_step:
+    elif checkpoint in ("final", "best") or is_step:
         there = ", ".join(name for name in folders if name != "base") or "none"
         raise ValueError(
             f"{run} has no checkpoint {checkpoint!r} (checkpoints: {there}); say with --checkpoint "
             "which to measure, or base for the model before training"
         )
     return Subject(config, checkpoint, place, results, training, _step_of(place))
+
+
+def _check_whole(run: Path, name: str, folder: Path) -> None:
+    """Refuse a checkpoint of a run that is not as it was saved."""
+    problem = damage(folder, without="state")  # which has no part in what is measured
+    if problem is not None:
+        raise ValueError(
+            f"checkpoint {name} of {run} is damaged: {problem}; name another with --checkpoint, or "
+            f"{folder} itself, to measure it as it is"
+        )
 
 
 def _check_objects(run: Path, overrides: Sequence[str]) -> None:
@@ -111,6 +124,8 @@ def _step_of(place: str | None) -> int:
     if path.name.startswith("step-") and path.is_dir():
         step = path.name.removeprefix("step-")
         return int(step) if step.isdecimal() else 0
+    if path.name == "best" and (path / BEST).is_file():
+        return json.loads((path / BEST).read_text(encoding="utf-8"))["step"]
     metrics = path.parent / "metrics.jsonl"
     lines = read_lines(metrics) if path.name == "final" and metrics.is_file() else []
     return lines[-1]["step"] if lines else 0
@@ -118,11 +133,9 @@ def _step_of(place: str | None) -> int:
 
 def checkpoints(run: Path) -> dict[str, Path]:
     """Return the checkpoints of a run by name, the steps in order; `base` if it was saved."""
-    steps = sorted(
-        (folder for folder in (run / "checkpoints").glob("step-*")),
-        key=lambda folder: int(folder.name.removeprefix("step-")),
-    )
-    folders = [run / "base", *steps, run / "final"]
+    of_steps = RunCheckpoints(run)
+    steps = [of_steps.of_step(step) for step in of_steps.steps()]
+    folders = [run / "base", *steps, run / "best", run / "final"]
     return {folder.name: folder for folder in folders if folder.is_dir()}
 
 
@@ -169,6 +182,7 @@ def _base_of(path: Path) -> str | None:
     # A run saves a base that has no other name, and may have been moved since.
     for run in (path.parent, path.parent.parent):
         if (run / "config.yaml").is_file() and (run / "base").is_dir():
+            _check_whole(run, "base", run / "base")
             return str(run / "base")
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:

@@ -255,8 +255,9 @@ def _measured(run: RunFiles) -> Iterator[tuple[str, int, Measured]]:
             if number(shares.get(when)):
                 yield how, step, (shares[when], None, None)
     settings = {setting(found) for found in run.evaluations}
+    best = ((run.summary or {}).get("best") or {}).get("step")
     for found in run.evaluations:
-        step = step_of(found["checkpoint"], run.last_step)
+        step = step_of(found["checkpoint"], run.last_step, best)
         for name, value in found["metrics"].items():
             if step is not None and number(value.get("value")):
                 full = name if len(settings) == 1 else f"{name} ({setting(found)})"
@@ -273,8 +274,8 @@ def setting(found: Line) -> str:
     )
 
 
-def step_of(checkpoint: str, last: int) -> int | None:
+def step_of(checkpoint: str, last: int, best: int | None) -> int | None:
     """Return the step of a checkpoint of the run; None: it is another model, by its directory."""
     if match := re.fullmatch(r"step-(\d+)", checkpoint):
         return int(match[1])
-    return {"base": 0, "final": last}.get(checkpoint)
+    return {"base": 0, "best": best, "final": last}.get(checkpoint)

@@ -1,0 +1,189 @@
+"""What cannot be written: a limit on the size of files stands for a disk that is full."""
+
+import json
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+from small_models import small_model, small_tokenizer
+from small_runs import lines
+
+from fastgrpo import saving
+from fastgrpo.checkpoint import save_checkpoint
+from fastgrpo.cli import main
+from fastgrpo.durable import WriteError, write_whole, writing
+from fastgrpo.json_lines import append_lines, read_lines
+from fastgrpo.trainer import Trainer
+
+resource = pytest.importorskip("resource", reason="not on Windows")
+
+
+@contextmanager
+def full_at(size):
+    """Let no file become larger, as the kernel has it: the write that would is cut short."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """Count the checkpoints of a run, and let those of which `fails` says so fail halfway."""
+    begin, state = saving.Saver.save, {"count": 0, "fails": lambda path, count: False}
+
+    def counted(self, path, **options):
+        state["count"] += 1
+        if not state["fails"](path, state["count"]):
+            return begin(self, path, **options)
+        with full_at(20_000):
+            return begin(self, path, **options)
+
+    monkeypatch.setattr(saving.Saver, "save", counted)
+    return state
+
+
+SENTENCE = (
+    "{} could not be written: File too large; make room, or mend what is in the way, before you "
+    "go on"
+)
+QUICK = {
+    "reward": "silent", "save_strategy": "steps", "save_steps": 1, "reward_timeout": None,
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+}  # fmt: skip
+
+
+@pytest.mark.fault(
+    "a disk that is full as a checkpoint is written",
+    "one sentence, nothing left of the checkpoint, those before it are whole, and exit status 1",
+)
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(start, saves):
+    saves["fails"] = lambda path, count: count == 3
+    trainer = start(**QUICK, max_steps=4)
+    path = trainer.run.checkpoints.of_step(3)
+    with pytest.raises(WriteError) as error:
+        trainer.train()
+    assert str(error.value) == SENTENCE.format(path)
+    assert [p.name for p in sorted(path.parent.iterdir())] == ["step-1", "step-2"]
+    assert trainer.run.checkpoints.newest() == (trainer.run.checkpoints.of_step(2), [])
+    assert [line["step"] for line in lines(trainer.run.path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.fault(
+    "the same with save_errors: none",
+    "a warning and a count in the metrics, the next checkpoint is written; the final one must be",
+)
+def test_a_run_goes_on_without_a_checkpoint_if_it_may(start, saves, capsys):
+    saves["fails"] = lambda path, count: count in (1, 3) or path.name == "final"
+    trainer = start(**QUICK, max_steps=4, save_errors="none", save_total_limit=1)
+    with pytest.raises(WriteError) as error:
+        trainer.train()
+    run = trainer.run.path
+    assert str(error.value) == SENTENCE.format(run / "final")
+    metrics = lines(run / "metrics.jsonl")
+    assert [line["checkpoints/failed"] for line in metrics] == [0, 1, 0, 1]
+    told = [
+        line for line in lines(run / "warnings.jsonl") if "could not be written" in line["text"]
+    ]
+    assert [line["step"] for line in told] == [1, 3]
+    for line in told:
+        failed = SENTENCE.format(run / "checkpoints" / f"step-{line['step']}")
+        assert line["text"] == f"{failed}; the run goes on, since save_errors is none"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-4"]
+    assert not list(run.glob(".*.partial"))
+
+
+def test_the_command_tells_of_a_full_disk_in_one_sentence(start, saves, tmp_path, capsys):
+    config = start("other", **QUICK).run.path / "config.yaml"
+    saves["fails"] = lambda path, count: True
+    assert main(["train", str(config), f"output_dir={tmp_path / 'run'}"]) == 1
+    said = capsys.readouterr().err
+    assert f"fastgrpo: {SENTENCE.format(tmp_path / 'run' / 'checkpoints' / 'step-1')}\n" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_nothing_is_left_of_a_checkpoint_wherever_it_fails(tmp_path, size):
+    path = tmp_path / "step-1"
+    save_checkpoint(path, small_model(), small_tokenizer())
+    before = {p: p.read_bytes() for p in path.rglob("*")}
+    with full_at(size), pytest.raises(WriteError, match="File too large"):
+        save_checkpoint(path, small_model(seed=1), small_tokenizer())
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p != path} == before
+
+
+def test_what_is_no_matter_of_the_disk_is_raised_as_it_is(tmp_path):
+    with pytest.raises(KeyError), writing(tmp_path):
+        raise KeyError("a slip")
+
+
+@pytest.mark.fault(
+    "a disk that is full in the midst of a line of metrics or completions",
+    "what was written of it is taken back, one sentence, and the run stops",
+)
+def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_lines(path, [{"step": 1}])
+    before = path.read_bytes()
+    with full_at(len(before) + 20), pytest.raises(WriteError) as error:
+        append_lines(path, [{"step": 2, "text": "x" * 100}])
+    assert str(error.value) == SENTENCE.format(path)
+    assert path.read_bytes() == before
+    append_lines(path, [{"step": 2}])
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_whose_lines_cannot_be_written_stops(start):
+    trainer = start(**QUICK)
+    write = trainer.journal.step
+
+    def step(metrics, **options):
+        with full_at(300):
+            write(metrics, **options)
+
+    trainer.journal.step = step
+    with pytest.raises(WriteError, match="could not be written: File too large"):
+        trainer.train()
+    assert (trainer.run.path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_file_that_cannot_be_replaced_is_as_it_was(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_whole(path, "a: 1\n")
+    with full_at(4), pytest.raises(WriteError, match="could not be written"):
+        write_whole(path, "a: 123456\n")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "a: 1\n")]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mount a file system of 4 MiB, if this process may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.fault(
+    "a file system that is really full", "the checkpoint before is whole, and so are all lines"
+)
+def test_a_disk_that_is_full(start, disk):
+    trainer = start(**QUICK, output_dir=str(disk / "run"), max_steps=20)
+    with pytest.raises(WriteError, match="No space left on device"):
+        trainer.train()
+    steps = trainer.run.checkpoints.steps()
+    newest = trainer.run.checkpoints.of_step(len(steps))
+    assert steps and trainer.run.checkpoints.newest() == (newest, [])
+    for name in ("metrics", "completions", "rewards"):
+        text = (trainer.run.path / f"{name}.jsonl").read_text()
+        assert text.endswith("\n") and all(json.loads(line) for line in text.splitlines())
+    shutil.rmtree(trainer.run.checkpoints.of_step(1))
+    trainer = Trainer(trainer.config, resume=True)  # there is room now
+    assert trainer.step == len(steps)
+    trainer.journal.__exit__(None, None, None)
