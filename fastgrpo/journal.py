@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from .config import TrainConfig
 from .console import Console
 from .experience import Experience
 from .health import Health
+from .json_lines import read_lines
 from .run_directory import RunDirectory
 from .trackers import build_trackers
 
@@ -41,6 +43,13 @@ class Journal:
         if error is not None and self.run.is_bare:
             self.run.discard()  # else it would be in the way of the next start
         self.run.close()
+
+    def catch_up(self) -> None:
+        """Let what watches a run's health know the steps that were written before this process."""
+        path = self.run.path / "metrics.jsonl"
+        for metrics in read_lines(path) if path.exists() else ():
+            # It is said again of none of them.
+            deque(self.health.warnings(metrics, fresh="time/generate" in metrics), maxlen=0)
 
     def generation(self, step: int, found: Experience, *, logged: bool) -> None:
         """Write what was sampled.
@@ -116,6 +125,9 @@ class MuteJournal(Journal):
 
     def __exit__(self, *error: object) -> None:
         pass
+
+    def catch_up(self) -> None:
+        """Know nothing."""
 
     def generation(self, step: int, found: Experience, *, logged: bool) -> None:
         """Write nothing."""

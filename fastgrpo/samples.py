@@ -17,7 +17,9 @@ from .data import encode_prompt
 from .distributed import World
 from .metrics import timed
 from .model import Policy
+from .prompt_order import hashed_seed
 from .rewards import Completion, Judges, decode_completions
+from .rewards.seeding import seed_generators
 from .rollout import Drawn, Rollout, SamplingParams
 from .rollout_fn import Engine, RolloutFunction, play
 
@@ -223,6 +225,7 @@ class Sampler:
     ) -> tuple[list[Drawn], dict[str, list[Any]]]:
         """Return a completion for each prompt, and the columns a `rollout_fn` has added."""
         if self.rollout_fn is not None:
+            seed_generators(hashed_seed("rollout_fn", *seeds))  # for what it draws itself
             engine = Engine(self.rollout, self.policy, sampling, seeds, encode=self.encode)
             return play(self.rollout_fn, prompts, columns, engine)
         prompt_ids = [self.encode(prompt) for prompt in prompts[::num_generations]]

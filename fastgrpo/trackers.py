@@ -73,12 +73,20 @@ class WandB:
         self._own = self._wandb.run is None  # else it is the user's, who finishes it
         # A recorded live area would be a file of nothing but redrawn lines.
         quiet = {"console": "off"} if sys.stdout.isatty() else {}
+        # A run that goes on is the same run there.
+        known = run_path / "wandb" / "run_id.txt"
+        before = known.read_text(encoding="utf-8") if known.is_file() else None
         self._run = self._wandb.run or self._wandb.init(
+            id=before,
+            resume="allow" if before else None,
             project=os.environ.get("WANDB_PROJECT", config.project),
             name=_name(config, run_path, unless="WANDB_NAME"),
             dir=os.environ.get("WANDB_DIR", run_path),
             settings=self._wandb.Settings(**quiet),
         )
+        if self._own:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(self._run.id, encoding="utf-8")
         self._run.config.update(config.flat(), allow_val_change=True)
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)

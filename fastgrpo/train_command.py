@@ -58,7 +58,8 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
             return 0
         note_begun()
         for text in dict.fromkeys(str(each.message) for each in told):
-            trainer.journal.warn(0, f"warning: {text}")
+            if trainer.step == 0:  # else it is in warnings.jsonl
+                trainer.journal.warn(0, f"warning: {text}")
         trainer.train()
     except Stopped as stopped:
         return _stop(stopped)

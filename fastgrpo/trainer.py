@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-import torch
-
 from .adapters import base_trained
 from .assets import Assets, load_assets
 from .batch import Batch
@@ -27,6 +25,7 @@ from .journal import Journal, MuteJournal
 from .learner import Learner
 from .metrics import timed
 from .prompt_order import hashed_seed
+from .rewards.seeding import seed_generators
 from .rollout_fn import RolloutFunction
 from .run_directory import RunDirectory, finished
 from .samples import Sampler
@@ -131,6 +130,7 @@ class Trainer:
         self.step = self.tokens_seen = 0
         self.saver = Saver(self)
         self.taken: dict[str, Any] | None = None
+        self.seconds = self.started = 0.0
         self.before: dict[str, float] = {}
         self.waiting: list[Batch] = []
         self.generation_metrics: dict[str, float] = {}
@@ -143,6 +143,7 @@ class Trainer:
             load_state(checkpoint / "state", self)
         step = self.step if checkpoint is not None else -1  # also what was said before the first
         self.world.on_main(lambda: self.run.cut(step))
+        self.journal.catch_up()
         self.journal.warn(self.step, *damaged)
         self.saver.check_best()
         if checkpoint is not None:
@@ -158,7 +159,8 @@ class Trainer:
         """
         if self.summary is not None:
             return self.summary
-        config, journal, start = self.config, self.journal, time.perf_counter()
+        config, journal = self.config, self.journal
+        self.started = time.perf_counter() - self.seconds
         with closing(self.judges), journal, journal.console:
             for note in notes(config, self.policy):
                 journal.console.message(note)
@@ -180,7 +182,7 @@ class Trainer:
                     raise self.saver.leave(asked.number) from None
             facts = {"steps": self.num_steps, "num_tokens": self.tokens_seen}
             facts |= self.saver.summary()
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - self.started
             return self.world.on_main(
                 lambda: journal.finish(self.before, after, **facts, seconds=seconds)
             )
@@ -276,7 +278,7 @@ class Trainer:
     def optimise(self, batch: Batch, times: dict[str, float]) -> dict[str, float]:
         """Take one optimisation step on a batch; return its metrics."""
         # Dropout depends on no other step, so that a run can be resumed.
-        torch.manual_seed(hashed_seed("train", self.config.seed, self.step, self.world.rank))
+        seed_generators(hashed_seed("train", self.config.seed, self.step, self.world.rank))
         with timed(times, "train"):
             return self.learner.optimise(batch, self.step + 1)
 

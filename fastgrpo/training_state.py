@@ -7,6 +7,7 @@ which any number of processes can read; numbers are in JSON. Nothing is pickled.
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -158,6 +159,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
     batches = list({id(batch): batch for batch in trainer.waiting}.values())
     numbers = {
         "step": trainer.step,
+        "seconds": time.perf_counter() - trainer.started,
         "num_tokens": trainer.tokens_seen,
         "prompts": trainer.collector.prompts.state_dict(),
         "scheduler": learner.scheduler.state_dict(),
@@ -192,7 +194,7 @@ def load_state(path: Path, trainer: Trainer) -> None:
         load_optimizer(_file_of(path, trainer.world), learner.optimizer)
     numbers: dict[str, Any] = json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
     trainer.step = trainer.sampler.state.global_step = numbers["step"]
-    trainer.tokens_seen = numbers["num_tokens"]
+    trainer.seconds, trainer.tokens_seen = numbers["seconds"], numbers["num_tokens"]
     trainer.collector.prompts.load_state_dict(numbers["prompts"])
     del numbers["scheduler"]["base_lrs"]  # are the configuration's, of the optimizer's own type
     learner.scheduler.load_state_dict(numbers["scheduler"])
