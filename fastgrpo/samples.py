@@ -164,7 +164,7 @@ class Sampler:
         prompts = columns.pop("prompt")
         with timed(times, "generate"), self.policy.whole():
             if not prompts:
-                return [], {**self.judges.failures[evaluation]}, []
+                return [], {**self.judges.failures.counts[evaluation]}, []
             drawn, extra = self._draw(prompts, columns, num_generations, sampling, seeds)
         with timed(times, "reward"):
             completion_ids = [one.completion_ids for one in drawn]

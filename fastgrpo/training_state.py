@@ -167,6 +167,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
         "token_budget": learner.budget.state_dict(),
         "bad_steps": learner.bad_steps.state_dict(),
         "saver": trainer.saver.state_dict(),
+        "failures": world.gather(trainer.judges.failures.state_dict()),
         "before": trainer.before,
         "generation_metrics": trainer.generation_metrics,
         "taken": trainer.taken,
@@ -203,6 +204,8 @@ def load_state(path: Path, trainer: Trainer) -> None:
     learner.budget.load_state_dict(numbers["token_budget"])
     learner.bad_steps.load_state_dict(numbers["bad_steps"])
     trainer.saver.load_state_dict(numbers["saver"])
+    failures, is_main = trainer.judges.failures, trainer.world.is_main
+    failures.load_state_dict(numbers["failures"], is_main=is_main)
     trainer.before = numbers["before"]
     trainer.generation_metrics = numbers["generation_metrics"]
     trainer.taken = numbers["taken"]

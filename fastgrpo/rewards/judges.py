@@ -38,10 +38,12 @@ from .contract import (
     is_reserved,
     refuse_own_arguments,
 )
-from .functions import Failure, Outcome, Source, Traits, Value, call_all, load, taken, traits_of
+from .failures import Failures
+from .functions import Outcome, Source, Traits, Value, call_all, load, taken, traits_of
 from .models import RewardModel
 from .names import SOFT_OVERLONG, identify, is_model, is_ours, soft_overlong, write
 from .process import Process
+from .seeding import seed_generators
 
 START_TIMEOUT_S = 300.0
 """Seconds that a process may take to start and to import what its function needs."""
@@ -79,8 +81,8 @@ class Judges:
             chat_template_kwargs: for the chat templates of reward models.
             trust_remote_code: of reward models.
             batch_size: completions that a reward model reads at once.
-            seed: of the generators of random, NumPy and torch in processes of their own, which each
-                call sets anew from it and the completions: a run can be repeated and resumed.
+            seed: of the generators of random, NumPy and torch, which each call sets anew from it
+                and the completions, in this process too: a run can be repeated and resumed.
 
         Raises:
             ValueError: a function or model does not exist or does not fit; or two have one name.
@@ -102,13 +104,11 @@ class Judges:
                 f"reward_timeout: must be above 0 seconds, or null for none, got {reward_timeout}"
             )
         self.weights = [float(weight) for weight in weights]
-        self.timeout, self.errors, self.seed = reward_timeout, reward_errors, seed
+        self.timeout, self.seed = reward_timeout, seed
+        self.failures = Failures(reward_errors)
         self.functions: dict[int, Callable[..., Any]] = {}
         """By index, those that are called in this process."""
         self._processes: dict[int, Process] = {}
-        self.failures: dict[bool, dict[str, int]] = {False: {}, True: {}}
-        """How many there were so far, by metric, of training and (True) of evaluations."""
-        self._seen: set[tuple[bool, int, str, str]] = set()
         self._pool = ThreadPoolExecutor(max(len(reward_funcs), 1), "reward")
         self._runner = asyncio.Runner()
         self._finalizer = weakref.finalize(self, _close, self._processes, self._pool, self._runner)
@@ -224,10 +224,14 @@ class Judges:
             problem
             for k, outcome in enumerate(outcomes)
             if (failure := outcome["failure"])
-            and (problem := self._fail(k, failure, len(prompts), evaluation))
+            and (
+                problem := self.failures.note(
+                    self.names[k], failure, len(prompts), evaluation=evaluation
+                )
+            )
         ]
         scores = self._scores(outcomes, lengths, problems)
-        scores.metrics.update(self.failures[evaluation])
+        scores.metrics.update(self.failures.counts[evaluation])
         return scores
 
     def _call(self, arguments: dict[str, Any], lengths: list[int]) -> list[Outcome]:
@@ -241,6 +245,7 @@ class Judges:
         here = sorted(self.functions)
         try:
             functions = [(self.functions[k], self._traits[k]) for k in here]
+            seed_generators(self._seed_of(arguments))
             with checks_limited(self.timeout):
                 called = call_all(functions, arguments, lengths, self._run)
             outcomes = dict(zip(here, called, strict=True))
@@ -255,9 +260,7 @@ class Judges:
         """Return what is sent to each process: no more than its function takes."""
         if not self._processes:
             return {}
-        seed = self.seed
-        for ids in arguments["completion_ids"]:
-            seed = zlib.crc32(array("q", ids), seed)
+        seed = self._seed_of(arguments)
         given = {k: taken(arguments, self._traits[k]) for k in self._processes}
         distinct = {frozenset(some): some for some in given.values()}
         try:
@@ -269,6 +272,13 @@ class Judges:
                 "set reward_timeout: null to call them in this one"
             ) from error
 
+    def _seed_of(self, arguments: dict[str, Any]) -> int:
+        """Return the seed of the random numbers of a call, in whatever process it is made."""
+        seed = self.seed
+        for ids in arguments["completion_ids"]:
+            seed = zlib.crc32(array("q", ids), seed)
+        return seed
+
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         try:
             asyncio.get_running_loop()
@@ -276,29 +286,6 @@ class Judges:
             self._runner.run(coroutine)
         else:  # in a notebook
             self._pool.submit(self._runner.run, coroutine).result()
-
-    def _fail(self, k: int, failure: Failure, count: int, evaluation: bool) -> str | None:
-        """Stop, or count and return a sentence for what is new."""
-        name, kind = self.names[k], failure["kind"]
-        said = f"reward function {name!r} {failure['what']}"
-        if kind != "invalid":  # which says what it is of, and what to do
-            said += f" over {count} completions{failure['where']}"
-        if self.errors == "stop":
-            remedies = {"exceptions": "mend it, ", "timeouts": "raise reward_timeout, "}
-            said += f"; {remedies.get(kind, '')}or set reward_errors: none to do without"
-            error = RewardError(said)
-            if failure["traceback"]:
-                error.add_note(failure["traceback"])
-            raise error
-        metric = f"rewards/{name}/{kind}"
-        counts = self.failures[evaluation]
-        counts[metric] = counts.get(metric, 0) + 1
-        what = "" if kind == "invalid" else failure["what"]  # tells of one completion
-        new = evaluation, k, kind, failure["where"] or what
-        if new in self._seen:
-            return None
-        self._seen.add(new)
-        return f"{said}; none of them has a reward of it (reward_errors: none)"
 
     def _scores(
         self, outcomes: Sequence[Outcome], lengths: Sequence[int], problems: list[str]

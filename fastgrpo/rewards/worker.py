@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pickle
-import random
 import signal
 import struct
 import sys
@@ -97,12 +96,12 @@ def private_pipes() -> tuple[IO[bytes], IO[bytes]]:
     return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
 
 
-def load_functions() -> Any:
-    """Return the module `functions` beside this file, in a package that imports nothing else."""
+def load_beside(*names: str) -> list[Any]:
+    """Return modules beside this file, in a package that imports nothing else."""
     package = ModuleType("fastgrpo_reward_process")
     package.__path__ = [str(Path(__file__).parent)]
     sys.modules[package.__name__] = package
-    return importlib.import_module(f"{package.__name__}.functions")
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
 def spare_the_parent() -> None:
@@ -136,18 +135,10 @@ def run(coroutine: Any) -> None:
 _runner: Any = None
 
 
-def seed(number: int) -> None:
-    """Seed the generators that a function may use: a run repeats its rewards."""
-    random.seed(number)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(number % 2**32)
-    if torch := sys.modules.get("torch"):
-        torch.manual_seed(number)
-
-
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     """Load the function, then answer until the requests end."""
-    functions = load_functions()
+    functions, seeding = load_beside("functions", "seeding")
+    sys.meta_path.insert(0, seeding.SeedAtImport())
     start = receive(requests)
     if start is None:
         return
@@ -169,7 +160,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             what = f"could not be given the columns of the dataset: {what}"
             outcome = functions.failed("exceptions", what, where, trace)
         else:
-            seed(number)
+            seeding.seed_generators(number)
             (outcome,) = functions.call_all([(function, traits)], arguments, lengths, run)
         try:
             reply = encoded(outcome)

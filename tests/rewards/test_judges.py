@@ -168,7 +168,7 @@ def test_what_are_no_rewards_stops_the_run_or_counts(judge, values, message, rew
     judges, score = judge(short, reward_timeout=reward_timeout)
     with pytest.raises(RewardError, match=message):
         score()
-    judges.errors = "none"
+    judges.failures.errors = "none"
     scores = score()
     assert scores.metrics == {"rewards/short/invalid": 1}
     assert re.search(message, scores.problems[0])
