@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config.model import ModelOptions
+from .trust import check_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,9 +68,13 @@ def load_adapters(model: PreTrainedModel, path: Path, *, is_trainable: bool = Fa
         model: changed in place; the result wraps it.
         path: the checkpoint.
         is_trainable: they are to be trained, and everything else is frozen.
+
+    Raises:
+        ValueError: they are not in safetensors.
     """
     from peft import PeftModel
 
+    check_weights(f"the checkpoint {path}", path)
     with _peft_quiet():
         return PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
 

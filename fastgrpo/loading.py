@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -20,6 +21,7 @@ from transformers import (
 from .attention import keep_differentiable
 from .config import TrainConfig
 from .readable import shown
+from .trust import Untrusted, check_brings_no_code, check_weights, not_safe
 
 # As it is imported bitsandbytes misses a kernel for CPUs that is not needed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -137,12 +139,22 @@ def load_from(auto_class: Any, name: str, **options: Any) -> Any:
             f"model_name_or_path: {name} holds no tokenizer; save it there with "
             "tokenizer.save_pretrained"
         )
+    named = f"model_name_or_path: {name}"
+    place = str(path) if local else name
     try:
-        return auto_class.from_pretrained(str(path) if local else name, **options)
-    except torch.OutOfMemoryError:
+        if auto_class is not AutoTokenizer and not options["trust_remote_code"]:
+            hub = {key: options[key] for key in ("revision", "trust_remote_code")}
+            check_brings_no_code(named, AutoConfig.from_pretrained(place, **hub))
+        if auto_class is AutoModelForCausalLM:
+            check_weights(named, path)
+            options["use_safetensors"] = True
+        return auto_class.from_pretrained(place, **options)
+    except (torch.OutOfMemoryError, Untrusted):
         raise
     except Exception as error:  # what readers of damaged files raise is of any kind
         reason = shown(str(error), quoted=False, most=300)
+        if "use_safetensors" in str(error):
+            raise ValueError(not_safe(named, "no weights")) from error
         remedy = "there is no such directory, so it was taken for a Hub name"
         if local:
             remedy = "install that" if isinstance(error, ImportError) else "save it again"

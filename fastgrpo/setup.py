@@ -289,6 +289,11 @@ def notes(config: TrainConfig, policy: Policy) -> Iterator[str]:
             f"piece{'' if pieces == 1 else 's'}; a step has {config.completions_per_step} "
             "completions of them all"
         )
+    if config.trust_remote_code:
+        yield (
+            "note: trust_remote_code: Python files that come with models and tokenizers run with "
+            "your rights"
+        )
     if config.top_p < 1 or config.top_k > 0 or config.min_p:
         truncation = f"top_p={config.top_p} and top_k={config.top_k}"
         truncation += f" and min_p={config.min_p}" if config.min_p else ""

@@ -94,11 +94,7 @@ def serve() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr  # nothing math-verify prints is taken for a reply
-    importlib.import_module("sympy.physics.units")  # evaluates names of its own meanwhile
-    sympy.parsing.sympy_parser.parse_expr = arithmetic
-    math_verify.parser.parse_expr = arithmetic
-    limit_memory()
-    sys.addaudithook(refuse)
+    forbid()
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         limit_s, *texts = json.loads(line)
@@ -113,14 +109,18 @@ def serve() -> None:
         print(json.dumps(good), file=replies, flush=True)
 
 
-def limit_memory() -> None:
-    """Let no answer take what the run needs, where the system knows such limits."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
+def forbid() -> None:
+    """Let this process do no more than read formulas, for good: what it reads is hostile."""
+    importlib.import_module("sympy.physics.units")  # evaluates names of its own meanwhile
+    sympy.parsing.sympy_parser.parse_expr = arithmetic
+    math_verify.parser.parse_expr = arithmetic
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not every system has such limits
         import resource
 
         most = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
         resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    sys.addaudithook(refuse)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ..trust import check_brings_no_code, check_weights, not_safe
 from .contract import Completion
 from .names import is_checkpoint
 
@@ -191,6 +192,8 @@ def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
             f"reward model {name!r} cannot be loaded: {_reason(error)}{hub}"
         ) from error
     _check_head(f"reward model {name!r}", config)
+    if not trust_remote_code:
+        check_brings_no_code(f"reward model {name!r}", config)
     return config
 
 
@@ -214,6 +217,7 @@ def _check_head(named: str, config: Any) -> None:
 
 def _load(name: str, device: torch.device, trust_remote_code: bool) -> nn.Module:
     config = _load_config(name, trust_remote_code)
+    check_weights(f"reward model {name!r}", Path(name))
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -221,9 +225,12 @@ def _load(name: str, device: torch.device, trust_remote_code: bool) -> nn.Module
             config=config,
             dtype=torch.bfloat16 if bf16 else torch.float32,
             output_loading_info=True,
+            use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if "use_safetensors" in str(error):
+            raise ValueError(not_safe(f"reward model {name!r}", "no weights")) from error
         raise ValueError(f"reward model {name!r} cannot be loaded: {_reason(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(

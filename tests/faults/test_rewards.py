@@ -201,7 +201,7 @@ def test_no_child_is_left_in_another_session(write, judge, tmp_path):
     judges, score = judge(
         write(FAULTY) + "hides_a_child",
         columns={"place": [str(place)] * 2},
-        reward_timeout=2,
+        reward_timeout=1,
         reward_errors="none",
     )
     assert score(completions=["b", "c"]).rewards_BK.tolist() == [[1], [2]]
@@ -296,6 +296,7 @@ def test_a_reward_model_that_gives_nan(judge):
     assert "returned nan for completion 0" in problem
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "in the middle of a run a reward function dies, or gives NaN",
     "the run stops with what it has written, or goes on without those rewards and counts them",
