@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
@@ -89,27 +90,24 @@ def judge(gold: str, completion: str) -> float | None:
     return accuracy(prompts=["?"], completions=[completion], completion_ids=[[1]], answer=[gold])[0]
 
 
-def judge_hostile(seed: int, cases: int, bombs: float, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    answers._checker.close()  # the next one is started here
+def judge_hostile(seed: int, cases: int, bombs: float, place: Path) -> None:
     chance = random.Random(seed)
     for _ in range(cases):
-        text = hostile(chance, bombs)
+        text = hostile(chance, bombs).replace("MARK", str(place / "MARK"))
         start = time.perf_counter()
         assert judge("-7/3", text) == 0.0, text
         # It is read alone and then compared; and a process that was ended is started again.
         assert time.perf_counter() - start < 2 * answers.CHECK_TIMEOUT_S + 30, text
     assert judge("-7/3", "-14/6") == 1.0
-    assert list(tmp_path.iterdir()) == []
-    answers._checker.close()
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.fault(
     "200 made-up completions of code, broken LaTeX, control characters and deep nesting",
     "`accuracy` gives 0 in time, evaluates nothing and writes nothing",
 )
-def test_hostile_answers(tmp_path, monkeypatch):
-    judge_hostile(1, 200, 0.0, tmp_path, monkeypatch)
+def test_hostile_answers(tmp_path):
+    judge_hostile(1, 200, 0.0, tmp_path)
 
 
 @pytest.mark.slow
@@ -119,7 +117,7 @@ def test_hostile_answers(tmp_path, monkeypatch):
 )
 def test_many_hostile_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "CHECK_TIMEOUT_S", 0.5)
-    judge_hostile(2, 4000, 0.01, tmp_path, monkeypatch)
+    judge_hostile(2, 4000, 0.01, tmp_path)
 
 
 @pytest.mark.fault(
@@ -153,7 +151,7 @@ compiled = []
 worker.forbid()
 sys.addaudithook(lambda event, a: compiled.append(repr(a[0])) if event == "compile" else None)
 for text in TEXTS:
-    for wrapped in (text, f"${text}$", f"it is 1 + {text}", rf"$\\boxed{{{text}}}$"):
+    for wrapped in (f"${text}$", f"it is 1 + {text}"):
         try:
             formulas = worker.read(wrapped)
             worker.verify(formulas, formulas, timeout_seconds=0)
@@ -174,7 +172,8 @@ forbidden(
     lambda: os.system("true"), lambda: subprocess.run(["true"]), lambda: open("MARK", "w"),
     lambda: os.remove("MARK"), lambda: os.mkdir("MARK"), os.fork,
     lambda: socket.create_connection(("127.0.0.1", 9)), lambda: os.open("MARK", os.O_CREAT),
-    lambda: os.kill(os.getpid(), 9), lambda: os.rename("a", "b"), lambda: os.execv("/bin/true", ["true"]),
+    lambda: os.kill(os.getpid(), 9), lambda: os.rename("a", "b"),
+    lambda: os.execv("/bin/true", ["true"]),
 )
 try:
     bytes(worker.MEMORY_BYTES)
