@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .data_files import FORMATS, check_file
+from .data_files import FORMATS, FileError, check_file, check_not_empty
 from .readable import shown
 
 if TYPE_CHECKING:
@@ -61,15 +61,18 @@ def load_prompts(
             f"it is looked up from the working directory {str(Path.cwd())!r}"
         )
     else:
-        for file in path.rglob("[!._]*.*") if path.is_dir() else ():
-            if file.suffix in FORMATS:
-                check_file(file)
         try:
+            if path.is_dir():
+                _check_folder(datasets, path, config_name)
             name = str(path) if path.exists() else dataset_name
             dataset = datasets.load_dataset(name, config_name, split=split)
+        except FileError:
+            raise
         # It and its parsers have errors of many kinds; all of them are about what is named.
         except Exception as error:
-            raise ValueError(_why_not_loaded(quoted, config_name, split, error)) from error
+            raise ValueError(
+                _why_not_loaded(quoted, config_name, split, error, local=path.exists())
+            ) from error
     return _checked(dataset, quoted, prompt_column)
 
 
@@ -105,17 +108,33 @@ def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
         ) from error
 
 
-def _why_not_loaded(name: str, config_name: str | None, split: str, error: Exception) -> str:
+def _check_folder(datasets: Any, path: Path, config_name: str | None) -> None:
+    """Look through the files that are read of a folder, and for empty ones, which hide others."""
+    for file in path.rglob("[!._]*.*"):
+        if file.suffix in FORMATS:
+            check_not_empty(file)
+    read: Any = datasets.load_dataset_builder(str(path), config_name).config.data_files
+    for file in {Path(name) for names in (read or {}).values() for name in names}:
+        if file.suffix in FORMATS and file.is_file():
+            check_file(file)
+
+
+def _why_not_loaded(
+    name: str, config_name: str | None, split: str, error: Exception, *, local: bool
+) -> str:
     """Return what kept a folder or a dataset of the Hub from being loaded, and what to do."""
     if there := re.search(r"Unknown split .* Should be one of \[(.*)\]", str(error)):
-        found = there[1].replace("'", "")
+        found = shown(there[1].replace("'", ""), quoted=False)
         return f"dataset {name} has no split {shown(split)}; it has {found}"
     if "corresponds to no data" in str(error):
         return f"split {shown(split)} of dataset {name} is empty; it needs at least one row"
     config = "" if config_name is None else f", config {shown(config_name)},"
+    remedy = "there is no such file or folder, so it was taken for a Hub name"
+    if local:
+        remedy = "a folder must come from save_to_disk or hold data files"
     return (
         f"dataset {name}{config} with the split {shown(split)} did not load: "
-        f"{_first_line(error)}; a folder must come from save_to_disk or hold data files"
+        f"{_first_line(error)}; {remedy}"
     )
 
 

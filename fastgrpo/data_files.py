@@ -22,7 +22,11 @@ _DEEPEST = 40
 """Lists and objects in each other; Arrow takes 64, of which an object in a list is two."""
 
 
-class _Wrong(ValueError):
+class FileError(ValueError):
+    """Something in a file of prompts is wrong; names it, the line, and what to do."""
+
+
+class _Wrong(Exception):
     """What is wrong with a file, and what to do; its line if it is known here."""
 
     def __init__(self, what: str, line: int | None = None) -> None:
@@ -34,12 +38,10 @@ def check_file(path: Path) -> None:
     """Refuse a file that would not become what it says.
 
     Raises:
-        ValueError: names the file, the line where there are lines, and what to do.
+        FileError: names the file, the line where there are lines, and what to do.
         OSError: it cannot be read.
     """
-    name = f"dataset file {shown(str(path))}"
-    if path.stat().st_size == 0:
-        raise ValueError(f"{name} is empty; put one prompt in each row")
+    check_not_empty(path)
     if path.suffix == ".parquet":
         return
     line = 0
@@ -57,7 +59,17 @@ def check_file(path: Path) -> None:
     except _Wrong as wrong:
         line = wrong.line or line
         place = f", line {line}" if line else ""
-        raise ValueError(f"{name}{place}: {wrong}") from None
+        raise FileError(f"dataset file {shown(str(path))}{place}: {wrong}") from None
+
+
+def check_not_empty(path: Path) -> None:
+    """Refuse a file without a byte.
+
+    Raises:
+        FileError: names it, and what to do.
+    """
+    if path.stat().st_size == 0:
+        raise FileError(f"dataset file {shown(str(path))} is empty; put one prompt in each row")
 
 
 def _check_encoding(path: Path) -> None:
@@ -82,7 +94,7 @@ def _is_lines(file: TextIO) -> bool:
     more = any(text.strip() for text in file)
     file.seek(0)
     try:
-        return more and isinstance(json.loads(first.removeprefix("\ufeff")), dict)
+        return more and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
 

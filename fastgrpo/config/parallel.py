@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..readable import shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
@@ -42,7 +44,7 @@ class ParallelOptions:
         ):
             yield (
                 f"parallel: must be ddp, or {{data: N, shard: M}} with whole numbers from 1 on, "
-                f"got {sizes}"
+                f"got {shown(sizes)}"
             )
 
     def _size(self, axis: str) -> int:

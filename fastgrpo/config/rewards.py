@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..readable import shown
 from .checks import above_zero, at_least
 
 
@@ -50,9 +51,10 @@ class RewardOptions:
             yield "reward_funcs: at least one is required, for example [accuracy]"
         for name in self.reward_funcs:
             if not isinstance(name, str):
-                yield f"reward_funcs: must be names such as 'my_rewards.py:brevity', got {name!r}"
+                names = "names such as 'my_rewards.py:brevity'"
+                yield f"reward_funcs: must be {names}, got {shown(name)}"
         if not all(map(math.isfinite, self.reward_weights or [])):
-            yield f"reward_weights: must be finite, got {self.reward_weights}"
+            yield f"reward_weights: must be finite, got {shown(self.reward_weights)}"
         yield from above_zero(self, "reward_timeout")
         yield from at_least(self, 0, "advantage_eps")
         yield from at_least(self, 1, "soft_punish_cache")
