@@ -250,7 +250,9 @@ def first_bad(step: Step) -> Finding | None:
             break
     step.policy.model.zero_grad()
     everywhere = [one for one in step.world.gather(found) if one]
-    return min(everywhere, key=lambda one: (one.index, one.rank), default=None)
+    # The gradients of parameters may be bad for what another rank has added to them.
+    order = (lambda one: (one.phase == "gradient", one.index, one.rank))
+    return min(everywhere, key=order, default=None)
 
 
 def _where(step: Step, rows: list[int], trace: Trace, loss: float) -> tuple[str, str] | None:

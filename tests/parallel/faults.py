@@ -50,6 +50,17 @@ def spoil(model: torch.nn.Module, max_norm: float) -> None:
     gradient.to_local().fill_(float("nan"))
 
 
+def overflow(learner: Any, batch: Any, step: int) -> None:
+    """Let a layer give infinity, also as the step is looked at again, until the next one."""
+
+    def spoil(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        wrong = torch.is_grad_enabled() and learner.scheduler.last_epoch == AT_STEP
+        return output + float("inf") if wrong else output
+
+    model = learner.policy.model
+    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(spoil)
+
+
 def run_out(*arguments: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -68,6 +79,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "missing model": misname,
     "memory": lambda: before(learner.Learner, "optimise", run_out, AT_STEP),
     "gradient": lambda: before(learner, "clip_gradients", spoil, AT_STEP),
+    "overflow": lambda: before(learner.Learner, "optimise", overflow, AT_STEP),
     "slip": lambda: before(learner.Learner, "optimise", slip, AT_STEP),
     "killed as it trains": lambda: before(learner, "clip_gradients", kill, AT_STEP),
     "killed as it samples": lambda: before(samples.Sampler, "_draw", kill, AT_STEP),

@@ -19,6 +19,9 @@ from launch import end, popen, torchrun
 from safetensors.torch import load_file
 from small_runs import lines
 
+from fastgrpo.bad_steps import read_bad_step
+from fastgrpo.replay import replay
+
 SECONDS = 60
 """From a fault to the end of the last process."""
 FAULTS = Path(__file__).with_name("faults.py")
@@ -93,12 +96,15 @@ def assert_steps(run: Path, count: int) -> None:
     [
         ("memory", "rank 1: CUDA out of memory. Tried to allocate 2.00 GiB"),
         # The norm is that of all, so that any of them may be the first to say so.
-        ("gradient", "rank [01]: the norm of the gradient is nan; the weights are still those"),
+        ("gradient", "rank [01]: step 3: the loss is .* and the norm of the gradient is nan; .*"),
         ("reward", "rank 1: reward function 'fails' raised RuntimeError: no rewards today over 8"),
     ],
 )
 def test_what_fails_on_one_rank_is_told_once_and_ends_all(place, fault, sentence):
-    overrides = [f"reward_funcs=[{place}/mine.py:fails]"] if fault == "reward" else []
+    overrides = {
+        "reward": [f"reward_funcs=[{place}/mine.py:fails]"],
+        "gradient": ["max_bad_steps=0"],
+    }.get(fault, [])
     ended = fail(place, "none" if fault == "reward" else fault, *overrides)
     (said,) = ended.said
     assert re.match(sentence, said)
@@ -106,6 +112,26 @@ def test_what_fails_on_one_rank_is_told_once_and_ends_all(place, fault, sentence
     assert said in summary  # of torchrun, whose summary is the last thing to be seen
     assert f"run directory: {place}/run\n" in ended.err
     assert_steps(place / "run", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "a layer gives infinity on one of two processes",
+    "both skip the step and go on; the module and the process are named; one replays it",
+)
+def test_a_step_that_goes_wrong_on_one_rank_is_skipped_by_all(place):
+    done, _ = launch(place, "overflow", "max_steps=5")
+    assert done.returncode == 0, done.stderr
+    metrics = lines(place / "run" / "metrics.jsonl")
+    assert [m["skipped_steps"] for m in metrics] == [0, 0, 1, 1, 1]
+    assert [m["grad_norm"] is None for m in metrics] == [False, False, True, False, False]
+    folder = place / "run" / "bad_steps" / "step-3"
+    bad = read_bad_step(folder)
+    assert bad.finding is not None
+    assert (bad.finding.module, bad.finding.phase) == ("model.layers.1.mlp.down_proj", "forward")
+    assert bad.finding.rank == 1
+    found = replay(folder)  # without the fault, which was in memory
+    assert not found.came_again and found.grad_norm > 0
 
 
 @pytest.mark.slow
