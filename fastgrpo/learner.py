@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from .batch import Batch
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .distributed import World
+from .durable import WriteError, writing
 from .entropy_bonus import EntropyBonus
 from .gradient import Passes, Step
 from .loss import batch_logps, importance_metrics, sampler_correction
@@ -174,7 +176,7 @@ class Learner:
             write = partial(self._write, folder, bad, step.batch, everyone, weights)
             try:
                 kept = world.on_main(write)
-            except OSError as error:  # a full disk is no reason to end the run
+            except WriteError as error:  # no reason to end the run
                 said += f"; it could not be kept: {error}"
             else:
                 bad_steps.weights = bad.weights
@@ -191,12 +193,17 @@ class Learner:
         weights: dict[str, Tensor],
     ) -> str:
         """Write a step that is not taken; return how much its parameters take, if they are new."""
-        save_bad_step(folder, bad, batch, random)
-        if not weights:
-            return ""
         policy, place = self.policy, folder / "weights"
-        save_checkpoint(place, policy.model, policy.tokenizer, state_dict=weights)
-        forget_other_weights(folder)
+        try:
+            with writing(folder):
+                save_bad_step(folder, bad, batch, random)
+                if not weights:
+                    return ""
+                save_checkpoint(place, policy.model, policy.tokenizer, state_dict=weights)
+                forget_other_weights(folder)
+        except WriteError:
+            rmtree(folder, ignore_errors=True)
+            raise
         size = sum(file.stat().st_size for file in place.iterdir())
         return f" (its weights take {size / 2**20:,.1f} MiB)"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -127,6 +128,9 @@ class RunDirectory:
                 if name == "rewards":
                     for _, line in lines:
                         self._grade(next(iter(line["rewards"].values())))
+        for path in (self.path / "bad_steps").glob("step-*"):
+            if int(path.name.removeprefix("step-")) > step:
+                rmtree(path)
 
     def sync(self) -> None:
         """Have all lines on the disk: a checkpoint must not outlast those of its steps.

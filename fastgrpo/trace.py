@@ -251,8 +251,8 @@ def first_bad(step: Step) -> Finding | None:
     step.policy.model.zero_grad()
     everywhere = [one for one in step.world.gather(found) if one]
     # The gradients of parameters may be bad for what another rank has added to them.
-    order = (lambda one: (one.phase == "gradient", one.index, one.rank))
-    return min(everywhere, key=order, default=None)
+    everywhere.sort(key=lambda one: (one.phase == "gradient", one.index, one.rank))
+    return everywhere[0] if everywhere else None
 
 
 def _where(step: Step, rows: list[int], trace: Trace, loss: float) -> tuple[str, str] | None:

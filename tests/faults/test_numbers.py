@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from copy import deepcopy
+from shutil import rmtree
 from statistics import median
 
 import pytest
@@ -17,6 +18,7 @@ from fastgrpo.cli import main
 from fastgrpo.config import TrainConfig
 from fastgrpo.replay import replay
 from fastgrpo.trace import Finding
+from fastgrpo.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
@@ -331,3 +333,39 @@ def test_a_spike_is_skipped_and_kept(start):
     assert 0.5 * found.grad_norm < total < found.grad_norm
     with pytest.raises(FloatingPointError, match=r"step 4: the norm .* 2 steps in a row could not"):
         learner.optimise(batch, 4)
+
+
+@pytest.mark.fault("a bad step that cannot be written", "it is skipped and said, the run goes on")
+def test_a_bad_step_that_cannot_be_kept_does_not_end_the_run(start):
+    trainer = start()
+    (batch,), _ = trainer.collect(1, {})
+    (trainer.run.path / "bad_steps").write_text("in the way")
+    undo = nan_advantage(None, batch)
+    assert trainer.learner.optimise(batch, 1)["skipped_steps"] == 1
+    undo()
+    (said,) = trainer.learner.take_problems()
+    assert "step 1 was skipped" in said and "could not be written" in said
+    assert trainer.learner.optimise(batch, 2)["skipped_steps"] == 1
+
+
+def test_what_is_skipped_after_a_checkpoint_is_skipped_again_by_a_run_that_goes_on(start):
+    trainer = start(
+        max_grad_norm_ratio=1.0, grad_norm_window=1, max_bad_steps=9, max_steps=6,
+        save_strategy="steps", save_steps=3,
+    )  # fmt: skip
+    run, found = trainer.run.path, []
+    for resumed in (False, True):
+        if resumed:
+            rmtree(run / "checkpoints" / "step-6")
+            (run / "summary.json").unlink()
+            trainer = Trainer(trainer.config, resume=True)
+        trainer.train()
+        metrics = [
+            {k: v for k, v in line.items() if not re.search("time|memory|_per_", k)}
+            for line in lines(run / "metrics.jsonl")
+        ]
+        kept = {path.name: read_bad_step(path) for path in (run / "bad_steps").iterdir()}
+        found.append((metrics, kept, trainer.learner.bad_steps.state_dict()))
+    assert found[0] == found[1]
+    skipped = [m["skipped_steps"] for m in found[0][0]]
+    assert skipped[2] < skipped[5] == len(found[0][1])
