@@ -173,8 +173,12 @@ def test_a_killed_rank_ends_the_others(place, fault):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupt_is_told_once(place, number):
+@pytest.mark.fault(
+    "several processes, and Ctrl-C or SIGTERM for torchrun or SIGUSR1 for one of them",
+    "all stop after the same step, which is saved once, and say so once",
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_all_after_one_step(place, number):
     mark = f"test_failures_{os.getpid()}_{time.time()}"
     process = popen(
         2, "-m", "fastgrpo", "train", place / "config.yaml", env={"FASTGRPO_TEST": mark}
@@ -182,17 +186,48 @@ def test_an_interrupt_is_told_once(place, number):
     try:
         wait_for(place / "run" / "metrics.jsonl", process)
         start = time.time()
-        process.send_signal(number)
+        if number == signal.SIGUSR1:
+            os.kill(rank_1(mark), number)
+        else:
+            process.send_signal(number)
         _, err = process.communicate(timeout=SECONDS)
     finally:
         end(process)
     ended = Ended(process.returncode, err, time.time() - start)
     (said,) = ended.said
-    assert said.startswith("rank 0: interrupted")
-    assert f"run directory: {place}/run\n" in err
-    assert_none_left(mark)
     steps = len(lines(place / "run" / "metrics.jsonl"))
+    assert said == (
+        f"stopped by {number.name} after step {steps}, saved in {place}/run/checkpoints/step-"
+        f"{steps}; start it again with output_dir={place}/run and --resume auto to go on"
+    )
+    assert_none_left(mark)
     assert_steps(place / "run", steps)
+    if number != signal.SIGTERM:  # one of them shows that there is something to go on from
+        return
+    arguments = ["-m", "fastgrpo", "train", place / "config.yaml", "--resume", "auto"]
+    process = popen(2, *arguments, env={"FASTGRPO_TEST": mark})
+    try:
+        wait_for_steps(place / "run", steps + 1, process)
+    finally:
+        end(process)
+        process.communicate()
+
+
+def rank_1(mark: str) -> int:
+    """Return the process of rank 1, and none of a reward function."""
+    for process in Path("/proc").glob("[0-9]*"):
+        variables = environment(process).split("\0")
+        command = (process / "cmdline").read_text() if f"FASTGRPO_TEST={mark}" in variables else ""
+        if "RANK=1" in variables and "\0train\0" in command:
+            return int(process.name)
+    raise AssertionError("there is none")
+
+
+def wait_for_steps(run: Path, count: int, process: Any, patience: float = 240) -> None:
+    late = time.monotonic() + patience
+    while len(lines(run / "metrics.jsonl")) < count:
+        assert process.poll() is None and time.monotonic() < late
+        time.sleep(0.1)
 
 
 def wait_for(path: Path, process: Any, patience: float = 240) -> None:
