@@ -13,6 +13,7 @@ from .experience import Experience
 from .health import Health
 from .json_lines import read_lines
 from .run_directory import RunDirectory
+from .signals import Stopped
 from .trackers import build_trackers
 
 
@@ -39,7 +40,7 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         for tracker in self.trackers:
-            tracker.close(failed=error is not None)
+            tracker.close(failed=not (error is None or isinstance(error, Stopped)))
         if error is not None and self.run.is_bare:
             self.run.discard()  # else it would be in the way of the next start
         self.run.close()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -112,8 +113,18 @@ class RunDirectory:
         """Where what adapters were put on is kept, if it has no name to load it by."""
         return self.path / "base"
 
-    def cut(self, step: int) -> None:
-        """Take back what was written of later steps, which come again.
+    def sizes(self) -> dict[str, int]:
+        """Return how many bytes the files of lines have, for `cut`."""
+        paths = {name: self.path / f"{name}.jsonl" for name in _LINES}
+        return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+
+    def cut(self, step: int, sizes: Mapping[str, int] | None = None) -> None:
+        """Take back what was written after a checkpoint, which comes again.
+
+        Args:
+            step: of the checkpoint.
+            sizes: of the files then; None: there is no checkpoint. Of the step itself something may
+                have been written since, a warning of an evaluation that had still to come.
 
         Raises:
             ValueError: something else has written to one of the files; says which.
@@ -123,7 +134,13 @@ class RunDirectory:
             path = self.path / f"{name}.jsonl"
             if path.exists():
                 lines = whole_lines(path, key="step")
-                lines = [(text, line) for text, line in lines if line["step"] <= step]
+                ends = accumulate(len(text) for text, _ in lines)
+                most = math.inf if sizes is None else sizes.get(name, 0)
+                lines = [
+                    (text, line)
+                    for (text, line), end in zip(lines, ends, strict=True)
+                    if line["step"] <= step and end <= most
+                ]
                 write_whole(path, b"".join(text for text, _ in lines))
                 if name == "rewards":
                     for _, line in lines:

@@ -167,7 +167,8 @@ class Saver:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` has returned."""
         self.best = state["best"]
-        self.saved_step = self.trainer.step
+        if self.trainer.taken is None:  # else it is saved again once it is finished
+            self.saved_step = self.trainer.step
 
     def check_best(self) -> None:
         """Say so if the best checkpoint is damaged: then there is none."""

@@ -138,11 +138,12 @@ class Trainer:
     def _resume(self) -> None:
         """Go back to the newest checkpoint, or to before the first step if there is none."""
         checkpoint, damaged = self.world.on_main(self.run.checkpoints.newest)
+        step, sizes = -1, None  # without one also what was said before the first is taken back
         if checkpoint is not None:
             load_base(self.run.base, self.policy.model)
-            load_state(checkpoint / "state", self)
-        step = self.step if checkpoint is not None else -1  # also what was said before the first
-        self.world.on_main(lambda: self.run.cut(step))
+            sizes = load_state(checkpoint / "state", self)
+            step = self.step
+        self.world.on_main(lambda: self.run.cut(step, sizes))
         self.journal.catch_up()
         self.journal.warn(self.step, *damaged)
         self.saver.check_best()
@@ -229,7 +230,8 @@ class Trainer:
         saves |= last and config.save_strategy == "epoch"  # step ends an epoch too
         evaluation: dict[str, float] = {}
         if self.test is not None and measures:
-            evaluation = self.test.metrics()
+            with self.judges.failures.undone_if_left():
+                evaluation = self.test.metrics()
             self.journal.warn(step, *self.sampler.take_problems())
         seconds = sum(times.values())
         metrics = {"step": step, **metrics, **evaluation, **self.saver.metrics()}
@@ -287,6 +289,7 @@ class Trainer:
         if self.test is None:
             return {}
         self.journal.console.phase(f"test {when} training", None)
-        found = {"greedy": self.test.accuracy(temperature=0.0), "sampled": self.test.accuracy()}
+        with self.judges.failures.undone_if_left():
+            found = {"greedy": self.test.accuracy(temperature=0.0), "sampled": self.test.accuracy()}
         self.journal.warn(self.sampler.state.global_step, *self.sampler.take_problems())
         return found

@@ -176,15 +176,18 @@ def save_state(path: Path, trainer: Trainer) -> None:
 
     def write() -> None:
         # torchao has learning rates in tensors
-        text = json.dumps(numbers, indent=2, default=float)
+        text = json.dumps(numbers | {"sizes": trainer.run.sizes()}, indent=2, default=float)
         (path / _NUMBERS).write_text(text + "\n", encoding="utf-8")
         save_batches(path / _BATCHES, batches)
 
     world.on_main(write)
 
 
-def load_state(path: Path, trainer: Trainer) -> None:
+def load_state(path: Path, trainer: Trainer) -> dict[str, int]:
     """Put a trainer where `save_state` has left one, maybe of another number of processes.
+
+    Returns:
+        The sizes that the files of lines had, see `RunDirectory.cut`.
 
     Raises:
         ValueError: the optimizer's states are those of another number.
@@ -203,14 +206,15 @@ def load_state(path: Path, trainer: Trainer) -> None:
     learner.entropy_bonus.load_state_dict(numbers["entropy_bonus"])
     learner.budget.load_state_dict(numbers["token_budget"])
     learner.bad_steps.load_state_dict(numbers["bad_steps"])
-    trainer.saver.load_state_dict(numbers["saver"])
     failures, is_main = trainer.judges.failures, trainer.world.is_main
     failures.load_state_dict(numbers["failures"], is_main=is_main)
     trainer.before = numbers["before"]
     trainer.generation_metrics = numbers["generation_metrics"]
     trainer.taken = numbers["taken"]
+    trainer.saver.load_state_dict(numbers["saver"])
     batches = load_batches(path / _BATCHES, learner.policy.device)
     trainer.waiting = [batches[i] for i in numbers["waiting"]]
+    return numbers["sizes"]
 
 
 def _file_of(path: Path, world: World) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from .contract import RewardError
@@ -50,6 +51,16 @@ class Failures:
             return None
         self._told.add(new)
         return f"{said}; none of them has a reward of it (reward_errors: none)"
+
+    @contextmanager
+    def undone_if_left(self) -> Generator[None]:
+        """Forget what comes within the block if it is left early: it will come again."""
+        counts, told = {key: {**own} for key, own in self.counts.items()}, {*self._told}
+        try:
+            yield
+        except BaseException:
+            self.counts, self._told = counts, told
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been counted and told so far, plain values."""

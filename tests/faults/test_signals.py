@@ -85,6 +85,11 @@ def test_a_signal_stops_a_run_after_its_step(start, tmp_path, capsys):
         assert "stopping after this step; again to stop now\n" in capsys.readouterr().out
         assert checkpoints(trainer) == [f"step-{step}"]
         assert (run / "final").exists() == (step == 4)  # in the test after training
+        if step == 2:  # it ends again, soon after the evaluation that had been left
+            with pytest.raises(KeyboardInterrupt):
+                again = start(number, signal.SIGINT, call=4, run=number.name, resume=True, **CALLS)
+                again.train()
+            assert steps(again) == [1, 2]
         resumed = start(run=number.name, resume=True, **CALLS).train()
         assert resumed["test"] == summary["test"]
         assert_same_run(left_by(run), whole)
