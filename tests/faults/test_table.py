@@ -71,12 +71,13 @@ def test_a_run_in_several_processes_ends_with_the_tally(tmp_path):
     (tmp_path / "test_y.py").write_text(
         'import pytest\n@pytest.mark.fault("a", "b")\ndef test_a(): pass\n'
     )
+    options = ["-p", "xdist", "-p", "no:cacheprovider", "-m", "", "-n", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-n", "1", tmp_path],
+        [sys.executable, "-m", "pytest", *options, tmp_path],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(PAGE.parents[1] / "tests"), "PATH": ""},
+        env={"PYTHONPATH": str(PAGE.parents[1] / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )
     assert "a | b | test_y.test_a | as expected\nfaults: 1 as expected, 0 not, 0 not run" in (
         done.stdout
