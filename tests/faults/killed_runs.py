@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,6 @@ def child(work: Callable[[], object]) -> int:
             work()
             status = 0
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             os._exit(status)
@@ -167,7 +166,7 @@ def at_calls(folder: Path, wanted: Any) -> int:
     """
     config = config_of(folder, "aimed")
     kills = 0
-    while not ended(child(lambda: aim(config, STRIDE * kills))):
+    while not ended(child(partial(aim, config, STRIDE * kills))):
         kills += 1
         check_newest(Path(config.output_dir))
     check(Path(config.output_dir), wanted)

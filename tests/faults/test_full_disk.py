@@ -73,7 +73,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(start, saves):
 
 
 @pytest.mark.fault(
-    "the same with save_errors: none",
+    "a disk that is full as a checkpoint is written, with save_errors: none",
     "a warning and a count in the metrics, the next checkpoint is written; the final one must be",
 )
 def test_a_run_goes_on_without_a_checkpoint_if_it_may(start, saves, capsys):
