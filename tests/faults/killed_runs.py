@@ -98,7 +98,7 @@ def check(run: Path, wanted: Any) -> None:
     assert RunCheckpoints(run).steps()[-2:] == [STEPS - 1, STEPS]
     for path in (run / "best", run / "final", *(run / "checkpoints").iterdir()):
         assert damage(path) is None, path
-    hidden = [path for path in run.rglob(".*")]
+    hidden = list(run.rglob(".*"))
     assert not hidden, hidden
 
 
