@@ -153,6 +153,11 @@ def load_from(auto_class: Any, name: str, **options: Any) -> Any:
         raise
     except Exception as error:  # what readers of damaged files raise is of any kind
         reason = shown(str(error), quoted=False, most=300)
+        if "trust_remote_code" in str(error):
+            raise Untrusted(
+                f"{named} cannot be loaded without the Python files that it brings; set "
+                "trust_remote_code: true if you trust them"
+            ) from error
         if "use_safetensors" in str(error):
             raise ValueError(not_safe(named, "no weights")) from error
         remedy = "there is no such directory, so it was taken for a Hub name"

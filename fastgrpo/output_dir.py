@@ -105,6 +105,10 @@ def create(output_dir: str | None, name: str) -> tuple[Path, list[Path]]:
                 f"output_dir: {path} cannot be made ({error.strerror}); choose another"
             ) from error
         return path, made
+    if Path(name).name != name:
+        raise ValueError(
+            f"run_name: must be a name without a path, got {name!r}; set output_dir to say where"
+        )
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in range(1, 1000):
         path = Path("runs", stem if attempt == 1 else f"{stem}-{attempt}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|://[^/@\s]*:[^/@\s]+@")
+"""A token of the Hub, or a password in an address."""
 
 
 class ConfigError(ValueError):
@@ -44,3 +48,27 @@ def below_one(options: Any, *names: str) -> Iterator[str]:
         value = getattr(options, name)
         if value is not None and not 0 <= value < 1:
             yield f"{name}: must be 0 or more and below 1, got {value}"
+
+
+def secrets(values: Mapping[str, Any]) -> Iterator[str]:
+    """Refuse keys whose values hold a token or a password, without saying it.
+
+    Configurations are kept with the run, sent to trackers and shown in reports.
+    """
+    for name, value in values.items():
+        if any(map(_SECRET.search, _texts(value))):
+            yield (
+                f"{name}: holds what looks like a token or a password, which would be kept with "
+                "the run and shown in reports; give it in the environment (HF_TOKEN, "
+                "WANDB_API_KEY) or with hf auth login"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*cast("Mapping[Any, Any]", value).items()])
+    elif isinstance(value, list | tuple):
+        for item in cast("list[Any]", value):
+            yield from _texts(item)

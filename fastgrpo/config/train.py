@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from fastgrpo_kernels import GRPOLossConfig
 
-from .checks import ConfigError, above_zero, at_least
+from .checks import ConfigError, above_zero, at_least, secrets
 from .data import DataOptions
 from .effects import without_effect
 from .loss import LossOptions
@@ -86,7 +86,9 @@ class TrainConfig(  # the fields of the last come first in config.yaml
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
+        problems = [*secrets(vars(self))]
+        if problems:
+            raise ConfigError("\n".join(problems))  # alone: others would say the values
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
