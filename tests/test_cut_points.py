@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from small_models import save_small_model
 from small_runs import assert_same_run, left_by, run_config
 
@@ -107,6 +108,18 @@ def test_what_goes_on_is_the_run_that_went_through(start, tmp_path):
     assert counts == [None, 1, 1, 1, 1, 2, 2, 2]
     assert sum("not today" in line["text"] for line in found["warnings"]) == 2  # and evaluations
     assert [line["step"] for line in found["rewards"]] == [1, 5]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")  # what has no such way is said, and tried
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"])
+def test_on_a_gpu_what_goes_on_is_the_run_that_went_through(start, tmp_path, monkeypatch, optim):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert_goes_on(start, tmp_path, {**EVERYTHING, "optim": optim}, [1, 4])
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.slow
