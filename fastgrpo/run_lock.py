@@ -36,7 +36,8 @@ class RunLock:
             ValueError: a process has it; says which.
         """
         self.run = run
-        # A file that this process opens is not open in others that it starts, nor are locks.
+        # What this process starts does not have the file open; what is forked off gives nothing
+        # back as it ends, from filelock 3.30 on.
         self._lock = FileLock(run / LOCK, thread_local=False)
         try:
             self._lock.acquire(blocking=False)

@@ -23,11 +23,14 @@ QUICK = {
     "gradient_accumulation_steps": 1,
 }  # fmt: skip
 HOLD = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from fastgrpo.run_lock import RunLock
 
 lock = RunLock(Path(sys.argv[1]))
+if os.fork() == 0:
+    sys.exit()  # tidies up, which must not give the lock back
+os.wait()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print(child.pid, flush=True)
 time.sleep(60)
@@ -36,7 +39,10 @@ time.sleep(60)
 
 @pytest.fixture(scope="module")
 def holder(tmp_path_factory):
-    """Start a process that has the lock of a directory, and a child; yield it, these two."""
+    """Start a process that has the lock of a directory, and a child; yield all three.
+
+    Another child of it has ended.
+    """
     folder = tmp_path_factory.mktemp("held")
     (folder / "hold it.py").write_text(HOLD)
     run = folder / "run"
