@@ -25,6 +25,7 @@ HOSTILE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "prompts, completions, metrics, rewards, warnings, options and the run's name in HTML, with "
     "scripts, handlers, links and ends of what surrounds them",
