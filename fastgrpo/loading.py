@@ -142,8 +142,8 @@ def load_from(auto_class: Any, name: str, **options: Any) -> Any:
     named = f"model_name_or_path: {name}"
     place = str(path) if local else name
     try:
-        if auto_class is not AutoTokenizer and not options["trust_remote_code"]:
-            hub = {key: options[key] for key in ("revision", "trust_remote_code")}
+        if auto_class is not AutoTokenizer and not options.get("trust_remote_code"):
+            hub = {key: options[key] for key in options.keys() & {"revision"}}
             check_brings_no_code(named, AutoConfig.from_pretrained(place, **hub))
         if auto_class is AutoModelForCausalLM:
             check_weights(named, path)
