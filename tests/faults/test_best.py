@@ -80,6 +80,7 @@ def test_the_best_model_is_kept(start, values, kept):
     "a run killed after its best evaluation, and the best checkpoint damaged before it goes on",
     "the best is what it would have been; a damaged one is put aside, and told",
 )
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_best(start, tmp_path):
     for name, damaged in (("killed", False), ("damaged", True)):
         trainer = start(name, save_total_limit=1)

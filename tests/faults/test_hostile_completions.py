@@ -106,6 +106,7 @@ def judge_hostile(seed: int, cases: int, bombs: float, place: Path) -> None:
     "200 made-up completions of code, broken LaTeX, control characters and deep nesting",
     "`accuracy` gives 0 in time, evaluates nothing and writes nothing",
 )
+@pytest.mark.slow
 def test_hostile_answers(tmp_path):
     judge_hostile(1, 200, 0.0, tmp_path)
 

@@ -156,6 +156,7 @@ def test_dropout_is_the_same_when_a_step_is_tried_again(start):
     "out of memory as log-probs of the policy and the reference are computed",
     "smaller micro-batches, the same log-probs; what training runs is smaller too",
 )
+@pytest.mark.slow
 def test_log_probs_are_computed_in_smaller_passes(start):
     options = {"steps_per_generation": 4, "beta": 0.1, "max_tokens_per_microbatch": BUDGET}
     trainer = start(**options, gradient_checkpointing=False)
@@ -260,6 +261,7 @@ def test_budgets_are_halved_as_often_as_it_takes_and_errors_of_others_are_theirs
     "out of memory while sampling, in training and in evaluations",
     "fewer completions at once, the same texts; said once and remembered",
 )
+@pytest.mark.slow
 def test_what_does_not_fit_is_sampled_in_smaller_parts_with_the_same_texts(start, two_splits):
     options = {"dataset_name": two_splits, "eval_strategy": "steps", "eval_steps": 1,
                "max_steps": 2, "max_eval_samples": 8, "num_generations_eval": 2}  # fmt: skip

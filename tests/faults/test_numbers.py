@@ -348,6 +348,7 @@ def test_a_bad_step_that_cannot_be_kept_does_not_end_the_run(start):
     assert trainer.learner.optimise(batch, 2)["skipped_steps"] == 1
 
 
+@pytest.mark.slow
 def test_what_is_skipped_after_a_checkpoint_is_skipped_again_by_a_run_that_goes_on(start):
     trainer = start(
         max_grad_norm_ratio=1.0, grad_norm_window=1, max_bad_steps=9, max_steps=6,
