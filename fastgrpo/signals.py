@@ -6,6 +6,7 @@ Nothing heavy is imported here: the command line catches an interrupt before it 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -80,6 +81,31 @@ def handled(handler: Handler) -> Generator[dict[int, Any]]:
         for number, was in before.items():
             if signal.getsignal(number) == handler:
                 signal.signal(number, was)
+
+
+@contextmanager
+def held_back() -> Generator[None]:
+    """Let a process that is started within the block begin with the signals held back.
+
+    A scheduler may send one to all processes of a job, and one that is only beginning would end of
+    it. It lets them through once it has seen to them, or never.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def name_of(number: int) -> str:
+    """Return the name of a signal; those between SIGRTMIN and SIGRTMAX have none but a number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
 
 
 class StopRequest:

@@ -13,15 +13,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any, cast
 
+from ..signals import held_back, name_of
 from .functions import Outcome, Source, Traits, expired, failed, place
 from .worker import MOST_BYTES, receive, send
 
 _CLOSE_TIMEOUT_S = 2.0  # for what a function has registered with atexit
-_KILL_TIMEOUT_S = 10.0  # a process that a driver holds does not even end when killed
+_KILL_TIMEOUT_S = 10.0  # a process that a driver or a dead disk holds does not even end when killed
 _STACK_TIMEOUT_S = 0.5
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -47,8 +49,10 @@ class Process:
         """Take where the function is; `start` loads it."""
         self.source = source
         self._popen: subprocess.Popen[bytes] | None = None
+        self._talk: threading.Thread | None = None
         self._lifeline = self._stack = -1
         self._mark = secrets.token_hex(8)
+        self._killed: set[int] = set()
 
     def start(self, seconds: float) -> Traits:
         """Start the process, in so much time, and return what it found.
@@ -119,7 +123,7 @@ class Process:
                 popen.kill()
             else:
                 os.killpg(popen.pid, signal.SIGKILL)
-        _end_marked(f"{_MARK}={self._mark}\0".encode())
+        self._killed |= _end_marked(f"{_MARK}={self._mark}\0".encode())
 
     def kill(self) -> int | None:
         """End the process; return its exit status, which is its own if it was ending already."""
@@ -129,10 +133,10 @@ class Process:
             return None
         with contextlib.suppress(subprocess.TimeoutExpired):
             popen.wait(_KILL_TIMEOUT_S)
-        for pipe in (popen.stdin, popen.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
+            _reap(-popen.pid, *self._killed)
+        self._killed.clear()
+        if self._talk is None or not self._talk.is_alive():  # closing would wait for it
+            _close_pipes(popen)
         for end in (self._lifeline, self._stack):
             if end >= 0:
                 os.close(end)
@@ -145,15 +149,17 @@ class Process:
         if sys.platform != "win32":
             (life, self._lifeline), (self._stack, stack) = os.pipe(), os.pipe()
             ours, theirs = [self._lifeline, self._stack], [life, stack]
+            os.set_blocking(stack, False)  # stacks that nobody asked for hold nothing up
         try:
-            return subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER), *map(str, theirs)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | {_MARK: self._mark},
-                pass_fds=theirs,
-                start_new_session=True,  # Ctrl-C is for the parent; and one signal ends them all
-            )
+            with held_back():
+                return subprocess.Popen(
+                    [sys.executable, "-P", str(_WORKER), *map(str, theirs)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | {_MARK: self._mark},
+                    pass_fds=theirs,
+                    start_new_session=True,  # Ctrl-C is for the parent; one signal ends them all
+                )
         except OSError:
             for end in ours:
                 os.close(end)
@@ -171,28 +177,35 @@ class Process:
             ValueError: there was something else.
         """
         popen = self._popen
-        assert popen is not None and popen.stdin is not None and popen.stdout is not None
-        stacks: list[str] = []
+        assert popen is not None
+        stdin, stdout = popen.stdin, popen.stdout
+        assert stdin is not None and stdout is not None
+        replies: list[bytes | ValueError | None] = []
 
-        def expire() -> None:
-            stacks.append(self._ask_stack(popen.pid))
+        def talk() -> None:
+            try:
+                send(stdin, payload)
+                replies.append(receive(stdout, MOST_BYTES))
+            except OSError:  # it ended before it had read everything
+                replies.append(None)
+            except ValueError as error:
+                replies.append(error)
+            if self._popen is not popen:  # it has been given up
+                _close_pipes(popen)
+
+        # In a thread, which is left behind with a process that does not end even when killed.
+        self._talk = threading.Thread(target=talk, daemon=True)
+        self._talk.start()
+        self._talk.join(seconds)
+        if self._talk.is_alive():
+            stack = self._ask_stack(popen.pid)
             self.interrupt()
-
-        timer = threading.Timer(seconds, expire)
-        timer.daemon = True
-        timer.start()
-        reply = None
-        try:
-            send(popen.stdin, payload)
-            reply = receive(popen.stdout, MOST_BYTES)
-        except OSError:  # it ended before it had read everything
-            pass
-        finally:
-            timer.cancel()
-            timer.join()
-        if stacks:
+            self._talk.join(_KILL_TIMEOUT_S)
             self.kill()
-            raise _Expired(stacks[0])
+            raise _Expired(stack)
+        reply = replies[0] if replies else None
+        if isinstance(reply, ValueError):
+            raise reply
         if reply is None:
             raise _Ended(self._how_it_ended())
         return reply
@@ -207,7 +220,7 @@ class Process:
             return "ended its process"
         if status >= 0:
             return f"ended its process with status {status}"
-        name = signal.Signals(-status).name
+        name = name_of(-status)
         memory = ", as when memory runs out" if name == "SIGKILL" else ""
         return f"ended its process by signal {name}{memory}"
 
@@ -217,6 +230,8 @@ class Process:
             return ""
         text, patience = b"", _STACK_TIMEOUT_S
         with contextlib.suppress(OSError):
+            while select.select([self._stack], [], [], 0)[0] and os.read(self._stack, 1 << 16):
+                pass  # of a signal that somebody else has sent before
             os.kill(pid, signal.SIGUSR1)
             while select.select([self._stack], [], [], patience)[0]:
                 more = os.read(self._stack, 1 << 16)
@@ -237,13 +252,39 @@ def _outcome(reply: dict[str, Any]) -> Outcome:
     return cast("Outcome", {**reply, "values": values, "metrics": metrics})
 
 
-def _end_marked(mark: bytes) -> None:
-    """End what a function has started in a session of its own, where /proc tells of it."""
-    found = True
-    while found:  # another may have been started meanwhile
-        found = False
+def _end_marked(mark: bytes) -> set[int]:
+    """End what a function has started in a session of its own, where /proc tells of it.
+
+    Returns:
+        The ids of what has been sent a signal, whether it has ended of it yet or not.
+    """
+    killed: set[int] = set()
+    more = True
+    while more:  # another may have been started meanwhile
+        more = False
         for entry in Path("/proc").glob("[0-9]*/environ"):
+            pid = int(entry.parent.name)
             with contextlib.suppress(OSError):  # it is somebody else's, or has ended
-                if mark in entry.read_bytes():
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
-                    found = True
+                if pid not in killed and mark in entry.read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+                    more = True
+    return killed
+
+
+def _close_pipes(popen: subprocess.Popen[bytes]) -> None:
+    for pipe in (popen.stdin, popen.stdout):
+        assert pipe is not None
+        with contextlib.suppress(OSError):
+            pipe.close()
+
+
+def _reap(*targets: int) -> None:
+    """Wait for those of killed processes and groups that are left to this process, as to PID 1."""
+    if sys.platform == "win32":
+        return
+    end = time.monotonic() + _KILL_TIMEOUT_S
+    for target in targets:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(target, os.WNOHANG)[0] or time.monotonic() < end:
+                time.sleep(0.001)

@@ -190,6 +190,9 @@ def main(pipes: list[str]) -> None:
     # end of the parent is the end of this one. (Ignored, they would be so in programs it starts.)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stay)
+    if sys.platform != "win32":  # held back until now: they do no harm any more
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     spare_the_parent()
     serve(*private_pipes())
 
