@@ -75,6 +75,16 @@ class World:
             raise error
         return box[0]
 
+    def on_each(self, function: Callable[[], object]) -> None:
+        """Call a function on all ranks; what any of them raises, all do."""
+        own = None
+        try:
+            function()
+        except Exception as error:
+            own = error
+        if error := next(filter(None, self.gather(own and sendable(own))), None):
+            raise own or error
+
     def one_by_one(self, function: Callable[[], T]) -> T:
         """Call a function on the first rank of each machine, and then on the others.
 

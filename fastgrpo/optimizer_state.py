@@ -106,6 +106,7 @@ def _plain(name: str, x: Any) -> dict[str, Tensor]:
     return {
         place: plain
         for part in parts
+        if isinstance(getattr(x, part), Tensor)  # a DTensor has its mesh among them
         for place, plain in _plain(f"{name}.{part}", getattr(x, part)).items()
     }
 

@@ -115,8 +115,11 @@ def _states(learner: Learner) -> dict[str, Tensor]:
 
 
 def _complete(optimizer: Optimizer) -> None:
-    """Give states to parameters that no step has reached: all have some once they are read."""
-    for group in optimizer.param_groups if optimizer.state else ():
+    """Give states to parameters that no step has reached: all have some once they are read.
+
+    PyTorch would take a step for them, which a run that is not saved does not take.
+    """
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in optimizer.state:
                 optimizer.state[parameter] = {
@@ -154,8 +157,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
     learner, world = trainer.learner, trainer.world
     _save_tensors(path, learner)
     if _has_own_file(learner):
-        save_optimizer(_file_of(path, world), learner.optimizer)
-        world.gather(None)  # all are written
+        world.on_each(lambda: save_optimizer(_own_file(path, world), learner.optimizer))
     batches = list({id(batch): batch for batch in trainer.waiting}.values())
     numbers = {
         "step": trainer.step,
@@ -195,7 +197,7 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, int]:
     learner = trainer.learner
     _load_tensors(path, learner)
     if _has_own_file(learner):
-        load_optimizer(_file_of(path, trainer.world), learner.optimizer)
+        load_optimizer(_written_file(path, trainer.world), learner.optimizer)
     numbers: dict[str, Any] = json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
     trainer.step = trainer.sampler.state.global_step = numbers["step"]
     trainer.seconds, trainer.tokens_seen = numbers["seconds"], numbers["num_tokens"]
@@ -217,17 +219,20 @@ def load_state(path: Path, trainer: Trainer) -> dict[str, int]:
     return numbers["sizes"]
 
 
-def _file_of(path: Path, world: World) -> Path:
-    """Return where a process has the states of its optimizer.
+def _own_file(path: Path, world: World) -> Path:
+    """Return where a process has the states of its optimizer."""
+    return path / f"optimizer-{world.rank + 1}-of-{world.size}.safetensors"
+
+
+def _written_file(path: Path, world: World) -> Path:
+    """Return `_own_file`, which is there.
 
     Raises:
-        ValueError: they are there of another number of processes.
+        ValueError: there are those of another number of processes.
     """
-    name = "optimizer-{}-of-{}.safetensors"
-    files = sorted(path.glob(name.format("*", "*")))
-    file = path / name.format(world.rank + 1, world.size)
-    if files and file not in files:
-        count = files[0].stem.rpartition("-")[2]
+    file = _own_file(path, world)
+    if not file.exists():
+        count = next(path.glob("optimizer-*")).stem.rpartition("-")[2]
         raise ValueError(
             f"{path}: the states of this optimizer are kept by process, of {count} of them, and "
             f"now there are {world.size}; start {count}, or take optim: adamw_torch_fused in a "

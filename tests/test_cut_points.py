@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import save_small_model
 from small_runs import assert_same_run, left_by, run_config
 
@@ -27,6 +28,11 @@ def fails(completions, trainer_state, **columns):
     if trainer_state.global_step % 4 == 0:
         raise RuntimeError("not today")
     return [0.1 * len(text) for text in completions]
+
+def overflows_at_first(completions, trainer_state, **columns):
+    # 3e38 is a number in fp32, and two of them are none.
+    large = 1.0 if trainer_state.global_step else 3e38
+    return [large * (i % 4 > 0) for i in range(len(completions))]
 
 def rollout(prompts, engine):
     import numpy as np
@@ -108,6 +114,28 @@ def test_what_goes_on_is_the_run_that_went_through(start, tmp_path):
     assert counts == [None, 1, 1, 1, 1, 2, 2, 2]
     assert sum("not today" in line["text"] for line in found["warnings"]) == 2  # and evaluations
     assert [line["step"] for line in found["rewards"]] == [1, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "a first step that is skipped, and a checkpoint right after it",
+    "the run is the one that was not saved",
+)
+def test_saving_before_a_step_was_taken_changes_nothing(start, tmp_path):
+    values = {
+        "judges": ["overflows_at_first"], "scale_rewards": "none", "max_steps": 4,
+        "reward_errors": "stop",
+    }  # fmt: skip
+    weights = []
+    for save_steps in (4, 1):
+        run = tmp_path / str(save_steps)
+        trainer = start(run, **values, save_steps=save_steps)
+        trainer.train()
+        assert trainer.learner.bad_steps.skipped == 1
+        weights.append(load_file(run / "final" / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name, wanted in weights[0].items():
+        assert torch.equal(weights[1][name], wanted)
 
 
 @pytest.mark.gpu
