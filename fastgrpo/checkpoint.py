@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ from .durable import sync, writing
 from .manifest import seal
 
 T = TypeVar("T")
-_NUMBERED = [f"-{i}" for i in range(2, 1000)]
+_ENDS = ["", *(f"-{i}" for i in range(2, 1000))]
+"""Of names, the second of which is for where the first is taken, and so on."""
 
 
 def save_checkpoint(
@@ -84,13 +85,21 @@ def finish_checkpoint(
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; what is half deleted has its name no more."""
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")))
+    """Delete a checkpoint; what is half deleted has its name no more.
+
+    What the system does not let go, a file in use on NFS for example, stays so until `tidy`.
+    """
+    names = (path.with_name(f".{path.name}{end}.deleted") for end in _ENDS)
+    shutil.rmtree(_rename(path, names), ignore_errors=True)
 
 
 def put_aside(path: Path) -> Path:
     """Give a damaged checkpoint another name, which is returned."""
-    names = (path.with_name(f"damaged-{path.name}{end}") for end in ("", *_NUMBERED))
+    return _rename(path, (path.with_name(f"damaged-{path.name}{end}") for end in _ENDS))
+
+
+def _rename(path: Path, names: Iterable[Path]) -> Path:
+    """Give a directory the first of some names that is free, which is returned."""
     return path.rename(next(name for name in names if not name.exists()))
 
 
@@ -105,8 +114,7 @@ def tidy(folder: Path) -> None:
             path.rename(name)
     for end in ("partial", "deleted", "old"):
         for path in folder.glob(f".*.{end}"):
-            if path.is_dir():
-                shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # no file, which is another's
 
 
 def _aside(path: Path) -> Path:

@@ -79,8 +79,12 @@ class Saver:
             self.best = best
 
     def try_step(self) -> None:
-        """Write the checkpoint of a step; if it fails, do what `save_errors` says."""
-        self._try(self.save_step)
+        """Write the checkpoint of a step; if it fails, do what `save_errors` says.
+
+        While steps are skipped there is none: the model may be broken for good.
+        """
+        if not self._is_skipping:
+            self._try(self.save_step)
 
     def save_step(self) -> None:
         """Write the checkpoint of the step that has been taken, and delete those that are too old.
@@ -91,9 +95,14 @@ class Saver:
         trainer, checkpoints = self.trainer, self.trainer.run.checkpoints
         self.save(checkpoints.of_step(trainer.step), state=self.saves_state)
         self.saved_step = trainer.step
-        limit = trainer.config.save_total_limit
+        limit = None if self._is_skipping else trainer.config.save_total_limit
         told = trainer.world.on_main(lambda: checkpoints.remove_old(limit))
         trainer.journal.warn(trainer.step, *told)
+
+    @property
+    def _is_skipping(self) -> bool:
+        """Whether the last step was not taken, and what is older may be the last that is good."""
+        return self.trainer.learner.bad_steps.in_a_row > 0
 
     @property
     def saves_state(self) -> bool:

@@ -1,10 +1,12 @@
 """Checkpoints that are damaged, and what is kept of those that are not."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 
 import pytest
 from small_models import save_small_model, small_model, small_tokenizer
@@ -257,3 +259,46 @@ def test_of_checkpoints_the_whole_ones_are_kept(run):
     (checkpoints.folder / "step-4").mkdir()  # without a file
     assert len(checkpoints.remove_old(1)) == 1
     assert checkpoints.steps() == [3]  # the last good one
+
+
+@pytest.mark.fault(
+    "a parameter that has become NaN, with save_total_limit: 1",
+    "while steps are skipped nothing is saved but for a signal, and nothing is deleted",
+)
+def test_the_last_good_checkpoint_outlives_numbers_gone_wrong(config, tmp_path):
+    trainer = Trainer(config(tmp_path / "run", max_steps=4, save_total_limit=1))
+    take = trainer.take_step
+
+    def spoil_then_take():
+        if trainer.step == 2:
+            next(trainer.policy.model.parameters()).data.fill_(float("nan"))
+        return take()
+
+    trainer.take_step = spoil_then_take
+    trainer.train()
+    checkpoints = trainer.run.checkpoints
+    assert checkpoints.steps() == [2]
+    assert trainer.saver.leave(signal.SIGTERM).number == signal.SIGTERM
+    assert checkpoints.steps() == [2, 4]
+
+
+@pytest.mark.fault(
+    "an old checkpoint that cannot be deleted, as where a file of it is in use",
+    "the run goes on, and so does every later one; its name is gone",
+)
+def test_what_cannot_be_deleted_ends_no_run(run, monkeypatch):
+    checkpoints = RunCheckpoints(run)
+    with monkeypatch.context() as patch:
+        # Only as root could one here make a directory that cannot be deleted; it ends in rmdir.
+        patch.setattr(os, "rmdir", refuse)
+        assert checkpoints.remove_old(2) == []
+        assert checkpoints.steps() == [2, 3]
+        shutil.copytree(checkpoints.of_step(2), checkpoints.of_step(1))  # it comes again
+        assert checkpoints.remove_old(2) == []
+        assert checkpoints.newest() == (checkpoints.of_step(3), [])
+    assert checkpoints.newest() == (checkpoints.of_step(3), [])
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"step-2", "step-3"}
+
+
+def refuse(path, **options):
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
