@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .data_files import FORMATS, FileError, check_file, check_not_empty
+from .data_files import FORMATS, FileError, check_file, check_not_empty, read_files
 from .readable import shown
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def load_prompts(
     else:
         try:
             if path.is_dir():
-                _check_folder(datasets, path, config_name)
-            name = str(path) if path.exists() else dataset_name
-            dataset = datasets.load_dataset(name, config_name, split=split)
+                dataset = _load_folder(datasets, path, config_name, split)
+            else:
+                dataset = datasets.load_dataset(dataset_name, config_name, split=split)
         except FileError:
             raise
         # It and its parsers have errors of many kinds; all of them are about what is named.
@@ -87,19 +87,15 @@ def _datasets() -> Any:
 
 def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
     name = shown(str(path))
-    if path.suffix not in FORMATS:
-        raise ValueError(
-            f"dataset file {name} has the unknown extension {shown(path.suffix)}; "
-            f"use one of {', '.join(FORMATS)}"
-        )
+    changed = check_file(path)
     if split != "train":
         raise ValueError(
             f"dataset file {name} is one split, 'train', so split {shown(split)} does not exist; "
             "use a folder with the files train and test"
         )
-    check_file(path)
     try:
-        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))["train"]
+        kind = FORMATS[path.suffix]
+        return read_files(datasets, kind, {"path": kind, "data_files": str(path)}, split, changed)
     # Each format has a parser with errors of its own; all of them are about this file.
     except Exception as error:
         raise ValueError(
@@ -108,15 +104,18 @@ def _load_file(datasets: Any, path: Path, split: str) -> Dataset:
         ) from error
 
 
-def _check_folder(datasets: Any, path: Path, config_name: str | None) -> None:
+def _load_folder(datasets: Any, path: Path, config_name: str | None, split: str) -> Dataset:
     """Look through the files that are read of a folder, and for empty ones, which hide others."""
     for file in path.rglob("[!._]*.*"):
         if file.suffix in FORMATS:
             check_not_empty(file)
-    read: Any = datasets.load_dataset_builder(str(path), config_name).config.data_files
-    for file in {Path(name) for names in (read or {}).values() for name in names}:
-        if file.suffix in FORMATS and file.is_file():
-            check_file(file)
+    builder = datasets.load_dataset_builder(str(path), config_name)
+    changed = set[str]()
+    for file in {Path(x) for names in (builder.config.data_files or {}).values() for x in names}:
+        if file.is_file():
+            changed |= check_file(file)
+    where = {"path": str(path), "name": config_name}
+    return read_files(datasets, builder.name, where, split, changed)
 
 
 def _why_not_loaded(

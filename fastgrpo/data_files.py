@@ -2,7 +2,7 @@
 
 Its readers end the process on what is nested without end, keep the last of two columns of the same
 name, make infinities of large numbers and indices of columns too many. Here each is refused, with
-its line. What passes is left to them.
+its line. What passes is left to them, which are told what to keep as it stands.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,12 @@ from .readable import shown
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _DEEPEST = 40
 """Lists and objects in each other; Arrow takes 64, of which an object in a list is two."""
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([ T][\d:.]+ *(Z|[+-][\d:]+)?)?")
+"""Text that Arrow takes for a point in time."""
+_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+"""A text of JSON, or one without an end."""
+_EXACT = 2**53
+"""Up to here whole numbers are kept in a column that has fractions too."""
 
 
 class FileError(ValueError):
@@ -34,17 +41,26 @@ class _Wrong(Exception):
         self.line = line
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path) -> set[str]:
     """Refuse a file that would not become what it says.
+
+    Returns:
+        The columns of JSON with texts that look like dates, or with whole numbers that fractions
+        in the same column would round: they must be read as they are.
 
     Raises:
         FileError: names the file, the line where there are lines, and what to do.
         OSError: it cannot be read.
     """
+    if path.suffix not in FORMATS:
+        raise FileError(
+            f"dataset file {shown(str(path))} has the unknown extension {shown(path.suffix)}; "
+            f"use one of {', '.join(FORMATS)}"
+        )
     check_not_empty(path)
+    line, changed = 0, set[str]()
     if path.suffix == ".parquet":
-        return
-    line = 0
+        return changed
     try:
         _check_encoding(path)
         with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
@@ -53,13 +69,44 @@ def check_file(path: Path) -> None:
             elif path.suffix == ".jsonl" or _is_lines(file):
                 for line, text in enumerate(file, start=1):  # noqa: B007
                     if text.strip():
-                        _check_row(_parse(text))
+                        _check_row(row := _parse(text))
+                        changed |= _changed([row])
             else:
-                _check_document(_parse(file.read()))
+                _check_document(document := _parse(file.read()))
+                rows = document if isinstance(document, list) else [document]
+                changed = _changed(cast("list[dict[str, Any]]", rows))
     except _Wrong as wrong:
         line = wrong.line or line
         place = f", line {line}" if line else ""
         raise FileError(f"dataset file {shown(str(path))}{place}: {wrong}") from None
+    return changed
+
+
+def read_files(
+    datasets: Any, kind: str, where: dict[str, Any], split: str, changed: set[str]
+) -> Any:
+    """Have `datasets` read files that are checked, each value as it stands there.
+
+    Args:
+        datasets: the package.
+        kind: of files, as `datasets` calls it.
+        where: what it is told of where they are.
+        split: for example "train".
+        changed: columns of JSON whose values its reader would change.
+    """
+    options: dict[str, Any] = {}
+    if kind == "csv":  # 007 and NA are texts; nothing at all is None
+        options = {"keep_default_na": False, "na_values": [""]}
+        first = next(iter(datasets.load_dataset(**where, **options, nrows=1).values()))
+        options["features"] = datasets.Features(
+            dict.fromkeys(first.column_names, datasets.Value("string"))
+        )
+    dataset = datasets.load_dataset(**where, **options, split=split)
+    if changed := changed & set(dataset.column_names):
+        as_written = dict.fromkeys(changed, datasets.Json())
+        features = datasets.Features(dataset.features | as_written)
+        dataset = datasets.load_dataset(**where, features=features, split=split)
+    return dataset
 
 
 def check_not_empty(path: Path) -> None:
@@ -119,18 +166,9 @@ def _parse(text: str) -> Any:
 def _depth(text: str) -> int:
     """Return how deep brackets are nested at most, those within texts left out."""
     deepest = depth = 0
-    inside = escaped = False
-    for character in text:
-        if inside:
-            inside = escaped or character != '"'
-            escaped = character == "\\" and not escaped
-        elif character == '"':
-            inside = True
-        elif character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
+    for bracket in re.findall(r"[\[\]{}]", _TEXT.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 
@@ -174,6 +212,21 @@ def _check_document(document: Any) -> None:
             _check_row(row)
     else:
         _check_row(document)
+
+
+def _changed(rows: list[dict[str, Any]]) -> set[str]:
+    """Return the columns with what Arrow would change."""
+    return {name for row in rows for name, value in row.items() if _changes(value)}
+
+
+def _changes(value: Any) -> bool:
+    if isinstance(value, str):
+        return _DATE.fullmatch(value) is not None
+    if isinstance(value, dict):
+        value = list(cast("dict[str, Any]", value).values())
+    if isinstance(value, list):
+        return any(map(_changes, cast("list[Any]", value)))
+    return isinstance(value, int) and abs(value) > _EXACT
 
 
 def _check_csv(file: TextIO) -> None:

@@ -1,5 +1,6 @@
 """Prompts: every source, every refusal by name, encoding without a doubled token."""
 
+import gzip
 import importlib
 import json
 from pathlib import Path
@@ -248,3 +249,43 @@ def test_encodings_that_are_refused():
     without.backend_tokenizer.post_processor = None
     with pytest.raises(ValueError, match="'  ' encodes to no token"):
         encode_prompt("  ", without)
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "files"])
+def test_dates_and_long_numbers_of_json_stay_what_they_are(tmp_path, kind):
+    rows = [
+        {"prompt": "a", "answer": "2020-01-01", "n": 2**53 + 1, "x": {"at": ["2020-01-01 10:30"]}},
+        {"prompt": "b", "answer": "2020-01-02T00:00:00Z", "n": 2.5, "x": {"at": []}},
+        {"prompt": "2020-01-03", "answer": None, "n": 1, "x": None},
+    ]
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "train.jsonl", *rows)
+    write_jsonl(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert list(load_prompts(kind, "train")) == rows
+
+
+@pytest.mark.parametrize("kind", ["a.csv", "files"])
+def test_all_of_csv_is_text(tmp_path, kind):
+    (tmp_path / "files").mkdir()
+    text = 'prompt,answer,x\nNA,007,1.50\nnull,None,\n1,2020-01-01," "\nTrue,1e5,""\n'
+    for path in (tmp_path / "files" / "train.csv", tmp_path / "a.csv"):
+        path.write_text(text)
+    assert load_prompts(kind, "train").to_dict() == {
+        "prompt": ["NA", "null", "1", "True"],
+        "answer": ["007", "None", "2020-01-01", "1e5"],
+        "x": ["1.50", None, " ", None],
+    }
+
+
+@pytest.mark.fault(
+    "a folder of prompts with files that are not looked through, one with 100,000 brackets",
+    "refused in a sentence with the file; the process lives",
+)
+@pytest.mark.parametrize("name", ["train.ndjson", "train.jsonl.gz", "train.tsv", "train.txt"])
+def test_a_folder_holds_what_a_file_may_be(tmp_path, name):
+    (tmp_path / "files").mkdir()
+    data = b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+    (tmp_path / "files" / name).write_bytes(gzip.compress(data) if "gz" in name else data)
+    with pytest.raises(ValueError, match=rf"files/{name}' has the unknown extension .*; use one"):
+        load_prompts("files", "train")

@@ -6,8 +6,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|://[^/@\s]*:[^/@\s]+@")
-"""A token of the Hub, or a password in an address."""
+from ..readable import named
+
+_SECRET = re.compile(
+    r"hf_[a-z]+_\w{10,}\.|(hf|gh[pousr])_[A-Za-z0-9]{30,}|github_pat_\w{20,}"
+    r"|\bsk-([a-z]+-[\w-]{20,}|[A-Za-z0-9]{20,})|://[^/\s]*@|[?&](\w*token|\w*key|password)=",
+)
+"""A token of the Hub, GitHub or a provider of models, or one, or a password, in an address."""
 
 
 class ConfigError(ValueError):
@@ -50,7 +55,7 @@ def below_one(options: Any, *names: str) -> Iterator[str]:
             yield f"{name}: must be 0 or more and below 1, got {value}"
 
 
-def secrets(values: Mapping[str, Any]) -> Iterator[str]:
+def secrets(values: Mapping[Any, Any]) -> Iterator[str]:
     """Refuse keys whose values hold a token or a password, without saying it.
 
     Configurations are kept with the run, sent to trackers and shown in reports.
@@ -58,7 +63,7 @@ def secrets(values: Mapping[str, Any]) -> Iterator[str]:
     for name, value in values.items():
         if any(map(_SECRET.search, _texts(value))):
             yield (
-                f"{name}: holds what looks like a token or a password, which would be kept with "
+                f"{named(name)}: holds what looks like a token or a password, which would be kept with "
                 "the run and shown in reports; give it in the environment (HF_TOKEN, "
                 "WANDB_API_KEY) or with hf auth login"
             )

@@ -12,7 +12,8 @@ class DataOptions:
     """The part of a `TrainConfig` that is about prompts."""
 
     dataset_name: str | None = None
-    """A Hub name, a .jsonl, .json, .csv or .parquet file, or a `save_to_disk` folder."""
+    """A Hub name, a .jsonl, .json, .csv or .parquet file, a folder of them, or one that
+    `save_to_disk` has made. All fields of .csv are text."""
     dataset_config: str | None = None
     """Configuration of a Hub dataset (`main` of GSM8K)."""
     dataset_train_split: str = "train"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fastgrpo_kernels import GRPOLossConfig
 
 from ..readable import named, shown
-from .checks import ConfigError
+from .checks import ConfigError, secrets
 from .effects import OF_TRAINING, switched_off
 from .text import MOST_BYTES, read_yaml
 from .train import DEFAULTS, LOSS_KEYS, TrainConfig
@@ -135,7 +135,7 @@ def _build(
     values: Mapping[str, Any],
     refused: Sequence[str],
     *,
-    order: Collection[str],
+    order: Mapping[str, Any],
     overrides: Collection[str] = (),
     kind: type[TrainConfig] = TrainConfig,
 ) -> TrainConfig:
@@ -144,10 +144,12 @@ def _build(
     Args:
         values: by our keys.
         refused: problems found before.
-        order: the keys as they were given, in whose order problems are told.
+        order: the keys and values as they were given, in whose order problems are told.
         overrides: keys that win over what else is said by the others.
         kind: what to build.
     """
+    if hidden := list(secrets(order)):  # alone: other problems would say the values
+        raise ConfigError("\n".join(hidden))
     hints = typing.get_type_hints(GRPOLossConfig) | typing.get_type_hints(TrainConfig)
     problems, wrong, arguments = list(refused), set(map(_key_of, refused)), dict[str, Any]()
     for key, value in values.items():

@@ -1,8 +1,11 @@
 """Whatever stands in a file of prompts, it is taken, or refused in a sentence."""
 
+import csv
 import gc
 import gzip
+import io
 import json
+import math
 import shutil
 from functools import cache
 from pathlib import Path
@@ -167,7 +170,8 @@ def folders(draw):
     if draw(st.booleans()):
         names = st.sampled_from(["train", "test", "data", ".hidden", "a/train", "a/b/test"])
         files = draw(st.lists(st.tuples(names, one_file), max_size=3))
-        return "", {name + suffix: data for name, (suffix, data) in files}
+        others = st.sampled_from([""] * 9 + [".ndjson", ".tsv", ".gz", ".txt", ".JSONL"])
+        return "", {name + (draw(others) or suffix): data for name, (suffix, data) in files}
     which = draw(st.sampled_from(["one/", "two/"]))
     files = {n.removeprefix(which): data for n, data in saved().items() if n.startswith(which)}
     name = draw(st.sampled_from(sorted(files)))
@@ -208,7 +212,7 @@ def load(tmp_path, monkeypatch):
             assert_sentences(error, r"(row \d+ of |split .* of )?dataset ")
             return None
         else:
-            return list(loaded["prompt"])
+            return loaded[:]
         finally:
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
 
@@ -235,20 +239,36 @@ def check_files(load, place, count):
             path.mkdir(exist_ok=True)
         else:
             path.write_bytes(data)
-        prompts = load(path, column, split)
-        if prompts is not None and suffix == ".jsonl":
-            rows = [
-                json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()
-            ]
-            assert [*map(text_of, prompts)] == [text_of(row[column]) for row in rows]
+        loaded = load(path, column, split)
+        if loaded is not None and suffix in (".jsonl", ".csv"):
+            rows = json_rows(data) if suffix == ".jsonl" else csv_rows(data)
+            prompts = [row.pop(column) for row in rows]
+            assert whole(loaded.pop("prompt")) == whole(prompts)
+            for name, values in loaded.items():
+                assert whole(values) == whole([row.get(name) for row in rows]), name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     check_each(cases, check, count)
 
 
-def text_of(prompt):
-    """Return a prompt without keys of messages that only others have."""
-    return prompt if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
+def json_rows(data):
+    return [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+
+
+def csv_rows(data):
+    """Return texts; a field without one is None."""
+    header, *records = [r for r in csv.reader(io.StringIO(data.decode("utf-8-sig"), "")) if r]
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]  # as pandas calls them
+    return [{n: x or None for n, x in zip(names, r, strict=True)} for r in records]
+
+
+def whole(value):
+    """Return a value without keys that are None: Arrow gives those to objects that lack them."""
+    if isinstance(value, dict):
+        return {name: whole(x) for name, x in value.items() if whole(x) is not None} or None
+    if isinstance(value, list):
+        return [whole(x) for x in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def test_some_files(load, tmp_path):
