@@ -63,8 +63,8 @@ def secrets(values: Mapping[Any, Any]) -> Iterator[str]:
     for name, value in values.items():
         if any(map(_SECRET.search, _texts(value))):
             yield (
-                f"{named(name)}: holds what looks like a token or a password, which would be kept with "
-                "the run and shown in reports; give it in the environment (HF_TOKEN, "
+                f"{named(name)}: holds what looks like a token or a password, which would be kept "
+                "with the run and shown in reports; give it in the environment (HF_TOKEN, "
                 "WANDB_API_KEY) or with hf auth login"
             )
 
