@@ -10,15 +10,17 @@ import functools
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 
+from ..signals import held_back, name_of
 from .functions import TookTooLong
 
 CHECK_TIMEOUT_S = 5.0
@@ -26,6 +28,13 @@ CHECK_TIMEOUT_S = 5.0
 ANSWER_CHARACTERS = 2000
 """How much of an answer is read, from its end: math-verify is slow on long hostile text."""
 
+_START_TIMEOUT_S = 300.0  # as that of other judges: a file system far away has SymPy to send
+_GRACE_S = 5.0  # for the process to end by itself; one that is stopped does not
+_BY_THE_TEXT = {
+    number for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL")
+    if (number := getattr(signal, name, None)) is not None
+}  # fmt: skip
+"""Signals that a text brings about, by a stack that overflows for example: it would again."""
 _WORKER = Path(__file__).with_name("answers_worker.py")
 _WRAPPED = re.compile(
     r"\$\$(.+)\$\$|\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]|\\text\{([^{}]+)\}", re.DOTALL
@@ -122,57 +131,105 @@ class _Checker:
 
         Raises:
             TookTooLong: all checks together have taken what they may.
+            RuntimeError: the process does not start, or something ends it again and again.
         """
         # Each alone first: one that takes too long need not be tried with every other.
         return self._ask(gold) and self._ask(answer) and self._ask(gold, answer)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - there is one checker
     def _ask(self, *texts: str) -> bool:
-        """Say whether an answer can be read, or two are equal."""
+        """Say whether an answer can be read, or two are equal.
+
+        What is remembered is a reply, or that a text has ended the process; not that another has.
+        """
+        ended = 0
         with self._lock:
-            if self._left <= 0:
-                raise TookTooLong(self._allowed)
-            if self._process is not None and self._process.poll() is not None:
-                self.close()
-            process = self._process or self._start()
-            assert process.stdin is not None and process.stdout is not None
-            limit, start = min(CHECK_TIMEOUT_S, self._left), time.monotonic()
-            try:
-                print(json.dumps([limit, *texts]), file=process.stdin, flush=True)
-                reply = process.stdout.readline()
-            except BaseException:
-                self.close()  # a reply still to come would be taken for the next pair's
-                raise
-            self._left -= time.monotonic() - start
-            if not reply:
-                self.close()
+            for _ in range(2):
                 if self._left <= 0:
-                    raise TookTooLong(self._allowed)  # not remembered: its own time was cut
-            return reply == "true\n"
+                    raise TookTooLong(self._allowed)
+                start = time.monotonic()
+                try:
+                    reply = self._exchange(texts, start)
+                except TookTooLong:  # in starting
+                    raise
+                except BaseException:
+                    self.close()  # a reply still to come would be taken for the next pair's
+                    raise
+                finally:
+                    self._left -= time.monotonic() - start
+                if reply:
+                    return reply == "true\n"
+                ended = self.close(_GRACE_S)
+                if self._left <= 0:
+                    raise TookTooLong(self._allowed)
+                if ended >= 0 or -ended in _BY_THE_TEXT:
+                    return False
+        raise RuntimeError(
+            f"the process that reads answers was ended twice by signal {name_of(-ended)}, "
+            "as when memory runs out"
+        )
+
+    def _exchange(self, texts: tuple[str, ...], start: float) -> str:
+        """Return the reply of the process, or nothing if it has ended."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        process = self._process or self._start()
+        assert process.stdin is not None
+        limit = min(CHECK_TIMEOUT_S, self._left - (time.monotonic() - start))
+        if limit <= 0:
+            raise TookTooLong(self._allowed)
+        try:
+            print(json.dumps([limit, *texts]), file=process.stdin, flush=True)
+        except OSError:
+            return ""
+        return _line(process, limit + _GRACE_S)
 
     def _start(self) -> subprocess.Popen[str]:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+        for _ in range(2):
+            with held_back():
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(_WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for the parent
+                )
+            if _line(self._process, _START_TIMEOUT_S) == "ready\n":
+                return self._process
+            if self.close(_GRACE_S) >= 0:
+                break
+        raise RuntimeError(
+            "reward function 'accuracy' could not start math-verify; "
+            "see what python -c 'import math_verify' says"
         )
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != "ready\n":
-            self.close()
-            raise RuntimeError(
-                "reward function 'accuracy' could not start math-verify; "
-                "see what python -c 'import math_verify' says"
-            )
-        return self._process
 
-    def close(self) -> None:
-        """End the process; the next check starts another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+    def close(self, grace: float = 0.0) -> int:
+        """End the process, which may take so long to do so itself; the next check starts another.
+
+        Returns:
+            Its status: that with which it has ended, or below 0 the signal that has ended it.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+        process.kill()
+        process.communicate()
+        return process.returncode
+
+
+def _line(process: subprocess.Popen[str], seconds: float) -> str:
+    """Return the next line that a process writes, which is ended if it takes longer."""
+    assert process.stdout is not None
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        timer.cancel()
 
 
 _checker = _Checker()

@@ -3,7 +3,8 @@
 It reads JSON lines of a limit in seconds and one or two answers, and writes whether it could read
 the one, or whether the two are equal. What takes too long ends it; what comes next starts another.
 Answers are text of models: nothing in here evaluates them as code (`arithmetic`), and whatever they
-make SymPy do, it opens, starts and writes nothing (`refuse`).
+make SymPy do, an audit hook refuses to open, start and write anything (`refuse`): a second wall
+behind the first, no sandbox for code that runs already.
 """
 
 import ast
@@ -15,7 +16,6 @@ import json
 import logging
 import operator
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 _READING = ("os.listdir", "os.scandir", "os.fwalk", "os.walk")
 
 
@@ -88,10 +88,7 @@ def read(text: str) -> list[Any]:
 
 
 def serve() -> None:
-    """Answer until standard input ends."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # are for the parent, which closes stdin
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """Answer until standard input ends. Signals are for the parent, which holds them back here."""
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr  # nothing math-verify prints is taken for a reply
     forbid()
@@ -120,6 +117,7 @@ def forbid() -> None:
         most = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
         resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     sys.addaudithook(refuse)
 
 

@@ -149,6 +149,7 @@ spec = spec_from_file_location("worker", sys.argv[1])
 worker = module_from_spec(spec)
 spec.loader.exec_module(worker)
 compiled = []
+there = open("THERE", "wb", buffering=0)
 worker.forbid()
 sys.addaudithook(lambda event, a: compiled.append(repr(a[0])) if event == "compile" else None)
 for text in TEXTS:
@@ -175,7 +176,13 @@ forbidden(
     lambda: socket.create_connection(("127.0.0.1", 9)), lambda: os.open("MARK", os.O_CREAT),
     lambda: os.kill(os.getpid(), 9), lambda: os.rename("a", "b"),
     lambda: os.execv("/bin/true", ["true"]),
+    lambda: os.open("THERE", os.O_TRUNC), lambda: os.open("THERE", os.O_APPEND),
 )
+try:
+    there.write(b"x")  # opened before, and so not seen by the hook
+    raise AssertionError("was written")
+except OSError:
+    pass
 try:
     bytes(worker.MEMORY_BYTES)
 except MemoryError:
@@ -185,8 +192,8 @@ except MemoryError:
 
 @pytest.mark.fault(
     "answers that are Python code, where SymPy would evaluate text",
-    "none is compiled; the process that reads them can start, open and write nothing, nor take "
-    "more than 4 GiB",
+    "none is compiled; behind that, Python's own ways to start, open for writing and write are "
+    "refused, and more than 4 GiB too",
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_no_answer_is_evaluated(tmp_path):
@@ -197,7 +204,7 @@ def test_no_answer_is_evaluated(tmp_path):
         cwd=tmp_path,
     )
     assert done.stdout == "done\n", done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [(file.name, file.stat().st_size) for file in tmp_path.iterdir()] == [("THERE", 0)]
 
 
 @pytest.mark.fault(

@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from fastgrpo.rewards import process
+from fastgrpo.rewards import accuracy, answers, process
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -132,3 +133,96 @@ def test_a_stack_is_of_the_timeout(write, judge):
     assert score(completions=["b", "c"]).rewards_BK.tolist() == [[1], [2]]
     (problem,) = score().problems
     assert f"in {name}: time.sleep(600);" in problem
+
+
+def judged(gold: str, completion: str) -> float | None:
+    return accuracy(completions=[completion], answer=[gold])[0]
+
+
+def reader() -> int:
+    """Return the id of the process that reads answers."""
+    assert judged("-7/3", "-14/6") == 1.0
+    answers._checker._ask.cache_clear()
+    if answers._checker._process is None:
+        assert judged("-7/3", "-14/6") == 1.0
+    assert answers._checker._process is not None
+    return answers._checker._process.pid
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.fault(
+    "the process that reads answers is killed as it does, as when memory runs out",
+    "another reads them, and a right answer is right",
+)
+def test_a_right_answer_is_right_whatever_happens_to_its_reader():
+    pid = reader()
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    assert judged("1/2", "2/4") == 1.0
+    assert answers._checker._process is not None and answers._checker._process.pid != pid
+    timer.join()
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.fault(
+    "the process that reads answers is stopped, for good",
+    "it is ended 5 s after its time, and another reads them",
+)
+def test_a_reader_that_is_stopped(monkeypatch):
+    pid = reader()
+    monkeypatch.setattr(answers, "_GRACE_S", 0.1)
+    monkeypatch.setattr(answers, "CHECK_TIMEOUT_S", 0.3)
+    os.kill(pid, signal.SIGSTOP)
+    assert judged("1/2", "2/4") == 1.0
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.fault(
+    "the process that reads answers is killed again and again",
+    "told and counted as an exception of `accuracy`, and not remembered of the answer",
+)
+def test_a_reader_that_is_killed_again_and_again(judge, monkeypatch):
+    os.kill(reader(), signal.SIGKILL)
+    start = answers._checker._start
+
+    def killed():
+        process = start()
+        process.kill()
+        return process
+
+    monkeypatch.setattr(answers._checker, "_start", killed)
+    _, score = judge("accuracy", columns={"answer": ["1/2", "x"]}, reward_errors="none")
+    scores = score(completions=["2/4", "x"])
+    assert scores.metrics == {"rewards/accuracy/exceptions": 1}
+    assert "was ended twice by signal SIGKILL, as when memory runs out" in scores.problems[0]
+    monkeypatch.undo()
+    assert score(completions=["2/4", "x"]).rewards_BK.tolist() == [[1], [1]]
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.fault(
+    "signals for all processes as the one that reads answers is only starting, which takes longer "
+    "than `reward_timeout`",
+    "they do nothing to it; the batch counts as a timeout, and the next is judged",
+)
+def test_a_reader_that_begins_is_not_ended(judge, monkeypatch):
+    os.kill(reader(), signal.SIGKILL)
+    popen = subprocess.Popen
+
+    def signalled(*arguments, **options):
+        begun = popen(*arguments, **options)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(begun.pid, number)
+        return begun
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    columns = {"answer": ["1/2", "x"]}
+    _, score = judge("accuracy", columns=columns, reward_timeout=0.05, reward_errors="none")
+    assert score(completions=["2/4", "x"]).metrics == {"rewards/accuracy/timeouts": 1}
+    _, score = judge("accuracy", columns=columns)
+    assert score(completions=["2/4", "x"]).rewards_BK.tolist() == [[1], [1]]

@@ -193,8 +193,8 @@ def test_what_is_no_answer_is_not_read(write, judge):
 
 @linux
 @pytest.mark.fault(
-    "a reward function starts a process in a session of its own, with its environment, and takes too "
-    "long, or returns",
+    "a reward function starts a process in a session of its own, with its environment, and "
+    "takes too long, or returns",
     "the process ends with the function's: at the timeout, or at the end of the run",
 )
 def test_no_child_is_left_in_another_session(write, judge, tmp_path):
