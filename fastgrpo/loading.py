@@ -144,7 +144,8 @@ def load_from(auto_class: Any, name: str, **options: Any) -> Any:
     try:
         if auto_class is not AutoTokenizer and not options.get("trust_remote_code"):
             hub = {key: options[key] for key in options.keys() & {"revision"}}
-            check_brings_no_code(named, AutoConfig.from_pretrained(place, **hub))
+            brought = AutoConfig.from_pretrained(place, **hub)
+            check_brings_no_code(named, brought, options.get("attn_implementation"))
         if auto_class is AutoModelForCausalLM:
             check_weights(named, path)
             options["use_safetensors"] = True

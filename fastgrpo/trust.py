@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import import_utils
+
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 """Files of weights that may hold code."""
 
@@ -36,21 +38,32 @@ def not_safe(named: str, what: str) -> str:
     )
 
 
-def check_brings_no_code(named: str, config: Any) -> None:
+def check_brings_no_code(named: str, config: Any, chosen: str | None = None) -> None:
     """Refuse a configuration that has transformers fetch a kernel, which is code, from the Hub.
+
+    It names one, or flash attention, which is fetched where its package is missing and `kernels`
+    is installed.
 
     Args:
         named: what it is, to begin a sentence with.
         config: a PreTrainedConfig.
+        chosen: the attention that the user asks for instead.
 
     Raises:
         Untrusted: names the kernel.
     """
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         asked = str(getattr(part, "_attn_implementation", None))
-        if "/" in asked:
+        missing = chosen is None and asked.startswith("flash_attention") and not _installed(asked)
+        if "/" in asked or missing:
             raise Untrusted(
                 f"{named} asks for attn_implementation {asked!r} in its config.json, which is code "
-                "from the Hub; take that out of the file, or set trust_remote_code: true if you "
-                "trust it"
+                f"from the Hub{' where its package is missing' if missing else ''}; take that out "
+                f"of the file{', install the package' if missing else ''}, or set "
+                "trust_remote_code: true if you trust it"
             )
+
+
+def _installed(flash_attention: str) -> bool:
+    version = flash_attention.removeprefix("flash_attention_")
+    return getattr(import_utils, f"is_flash_attn_{version}_available", lambda: False)()

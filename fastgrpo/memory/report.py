@@ -184,8 +184,11 @@ def _load_inputs(
     name = config.model_name_or_path
     if not name:
         raise ConfigError("model_name_or_path: required (or set task: arithmetic)")
+    options = hub_options(config)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
     architecture = _in_time(
-        lambda: load_from(AutoConfig, name, **hub_options(config)), f"model_name_or_path: {name}"
+        lambda: load_from(AutoConfig, name, **options), f"model_name_or_path: {name}"
     )
     if prompt_length is not None:
         return architecture, prompt_length, "as given"

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from small_models import save_small_model, small_tokenizer
 from small_runs import lines, run_config
+from transformers.utils import import_utils
 
 import fastgrpo
 from fastgrpo.adapters import load_adapters
@@ -145,10 +146,12 @@ def test_no_weights_are_unpickled(tmp_path, kind, harmful):
 
 
 @pytest.mark.fault(
-    "a config.json that names a kernel on the Hub as its attention, or Python files beside it",
+    "a config.json that names a kernel on the Hub as its attention, or flash attention that is not "
+    "installed, for which transformers would fetch one, or Python files beside it",
     "refused, or the model is built without them, unless trust_remote_code: true; then it is noted",
 )
 def test_a_configuration_brings_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: False)
     save_small_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     plain = json.loads(file.read_text())
@@ -156,6 +159,11 @@ def test_a_configuration_brings_no_code(tmp_path, monkeypatch):
         file.write_text(json.dumps(plain | {key: "somebody/kernel"}))
         with pytest.raises(ValueError, match=r"'somebody/kernel' in its config\.json, which"):
             load_policy(tmp_path / "model")
+    file.write_text(json.dumps(plain | {"attn_implementation": "flash_attention_2"}))
+    with pytest.raises(ValueError, match=r"'flash_attention_2' in .*, install the package, or set"):
+        load_policy(tmp_path / "model")
+    asked = {"dataset_name": "x", "attn_implementation": "sdpa"}
+    load_model(config_from(asked | {"model_name_or_path": str(tmp_path / "model")}))
     (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
     code = {name: f"own.{name}" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")}
     file.write_text(json.dumps(plain | {"auto_map": code}))
@@ -289,7 +297,9 @@ def test_what_is_no_secret_is_taken(value):
     "everything is written into the run directory, or the name is refused",
 )
 def test_names_are_no_paths(start, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "a" / "b" / "c"  # ../../away is within what is looked at
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
     name, rows = "../../away", lines(tmp_path / "problems.jsonl")
     named = [{**row, name: "a", "/tmp/x": "b"} for row in rows]
     (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
@@ -317,14 +327,15 @@ def test_names_are_no_paths(start, tmp_path, monkeypatch):
     trainer = Trainer(config, load_assets(config), reward_funcs=[judge])
     trainer.train()
     after = {path for path in tmp_path.rglob("*") if "run" not in path.parts}
-    assert {path.relative_to(tmp_path).parts[0] for path in after - before} == {"mine"}
-    (line, *_) = lines(tmp_path / "mine" / "completions.jsonl")
+    run = place / "mine"
+    assert {path for path in after - before if run not in path.parents} == {run}
+    (line, *_) = lines(run / "completions.jsonl")
     assert line["rewards"].keys() == {name}
     assert line["extra"] == {name: "a"}
     unnamed = config_from(values | {"output_dir": None})
     with pytest.raises(ValueError, match=r"run_name: .* a name without .*, got '\.\./\.\./away';"):
         RunDirectory(unnamed, name)
-    assert not (tmp_path / "runs").exists()
+    assert not (place / "runs").exists()
 
 
 @pytest.mark.fault(
