@@ -145,7 +145,7 @@ def _lines(path: Path, remarks: list[str]) -> Iterator[Line]:
             line = json.loads(row)
             if not isinstance(line, dict):
                 raise ValueError("no object")
-        except ValueError:
+        except (ValueError, RecursionError):  # the second of brackets without end
             if place == len(rows):
                 remarks.append(
                     f"The last line of {path.name} is not whole, as while it is being written; it "
@@ -161,7 +161,7 @@ def _lines(path: Path, remarks: list[str]) -> Iterator[Line]:
 def _mapping(path: Path, parse: Any) -> Line:
     try:
         found = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not hold names and values: repair or remove it")
