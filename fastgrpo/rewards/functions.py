@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypedDict
 
-from .values import Refused, Value, brief, checked
+from .values import Refused, Value, brief, checked, encoded
 
 Source = tuple[Literal["name"], str] | tuple[Literal["made"], tuple[str, dict[str, Any]]] | tuple[
     Literal["dill"], bytes
@@ -223,10 +223,15 @@ class Call:
 
     async def finish(self) -> None:
         """Await what the function returned."""
+        import asyncio  # takes a tenth of a worker's start
+
         assert isinstance(self._values, Awaitable)
         try:
             self._values = await self._values
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+                raise  # by Ctrl-C, and not by the function
             self._values = None
             self._fail(error)
 
@@ -253,6 +258,11 @@ class Call:
                 where,
                 trace,
             )
+        try:
+            encoded(self._extra)
+        except Exception as error:
+            what = f"gave log_extra what JSON has nothing for ({describe(error)[0]})"
+            return failed("invalid", f"{what}; give it plain values")
         return Outcome(values=values, metrics=self._metrics, extra=self._extra, failure=None)
 
 
@@ -284,8 +294,10 @@ async def _finish(calls: Sequence[Call]) -> None:
 
 
 def describe(error: BaseException) -> tuple[str, str, str]:
-    """Return the last line of a traceback, where in the user's code it was, and all of it."""
-    what = traceback.format_exception_only(error)[-1].strip()
+    """Return what a traceback says in the end, where in the user's code it was, and all of it."""
+    # Before it are the lines of a SyntaxError, indented; after it, notes.
+    only = traceback.format_exception_only(error)
+    what = next((line for line in only if not line.startswith(" ")), only[-1]).strip()
     frames = traceback.extract_tb(error.__traceback__)
     return brief(what), place(frames), brief("".join(traceback.format_exception(error)), 10_000)
 

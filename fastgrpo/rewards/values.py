@@ -5,6 +5,8 @@ As `functions.py` does, it imports nothing but the standard library.
 
 from __future__ import annotations
 
+import json
+import math
 import operator
 import reprlib
 from collections.abc import Mapping, Sequence, Set
@@ -51,7 +53,13 @@ def _value(value: Any, index: int, length: int) -> Value:
     if value is None:
         return None
     if isinstance(value, list | tuple) and all(isinstance(x, list | tuple) for x in value):
-        return [_step(step, index, length) for step in value]
+        steps = [_step(step, index, length) for step in value]
+        if abs(math.fsum(reward for _, reward in steps)) > _LARGEST:
+            raise Refused(
+                f"returned the steps {shown(value)} for completion {index}, whose sum is beyond "
+                f"{_LARGEST:.3g}; return smaller rewards"
+            )
+        return steps
     number = _number(value)
     if number is None:
         raise Refused(
@@ -84,6 +92,19 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) <= _LARGEST else None  # a NaN is not
+
+
+def encoded(reply: Any) -> bytes:
+    """Return a reply as JSON; arrays and tensors are numbers or lists, other objects text.
+
+    Raises:
+        Exception: JSON has nothing for it.
+    """
+    return json.dumps(reply, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def brief(text: str, most: int = MOST_CHARACTERS) -> str:

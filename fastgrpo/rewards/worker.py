@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
-import json
 import math
 import os
 import pickle
@@ -110,19 +109,6 @@ def spare_the_parent() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def encoded(reply: Any) -> bytes:
-    """Return a reply as JSON; arrays and tensors are numbers or lists, other objects text.
-
-    Raises:
-        Exception: JSON has nothing for it.
-    """
-    return json.dumps(reply, default=_plain).encode()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
 def run(coroutine: Any) -> None:
     """Run a coroutine in the one event loop of this process, to which a client may be bound."""
     global _runner
@@ -149,9 +135,9 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     except (ValueError, OSError, ImportError) as error:
         kinds = (FileNotFoundError, ModuleNotFoundError)
         kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
-        send(replies, encoded([kind.__name__, str(error)]))
+        send(replies, functions.encoded([kind.__name__, str(error)]))
         return
-    send(replies, encoded([None, traits]))
+    send(replies, functions.encoded([None, traits]))
     while (request := receive(requests)) is not None:
         try:
             number, lengths, arguments = pickle.loads(request)
@@ -162,14 +148,10 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         else:
             seeding.seed_generators(number)
             (outcome,) = functions.call_all([(function, traits)], arguments, lengths, run)
-        try:
-            reply = encoded(outcome)
-        except Exception as error:
-            what = f"gave log_extra what cannot leave its process ({functions.describe(error)[0]})"
-            reply = encoded(functions.failed("invalid", f"{what}; give it plain values"))
+        reply = functions.encoded(outcome)
         if len(reply) > MOST_BYTES:
             what = f"gave log_extra {len(reply):,} bytes, more than the {MOST_BYTES:,} it may"
-            reply = encoded(functions.failed("invalid", f"{what}; give it less"))
+            reply = functions.encoded(functions.failed("invalid", f"{what}; give it less"))
         send(replies, reply)
 
 

@@ -141,7 +141,7 @@ def dies_now_and_then(completions, trainer_state, **columns):
         ("gives_much", "invalid", "returned 'xxxxxxxx"),
         ("complains_much", "exceptions", "raised ValueError: xxxxxxxxx"),
         ("interrupts", "exceptions", "ended its process by signal SIGINT over 2"),
-        ("cancels", "exceptions", "ended its process with status 1 over 2"),
+        ("cancels", "exceptions", "raised asyncio.exceptions.CancelledError over 2"),
         ("waits", "timeouts", "took longer than reward_timeout: 0.3 s over 2"),
         ("stops", "timeouts", "took longer than reward_timeout: 0.3 s over 2"),
         ("kills", "exceptions", "ended its process by signal SIGKILL, as when memory runs out"),
