@@ -79,7 +79,7 @@ def whole_lines(path: Path, key: str | None = None) -> list[tuple[bytes, dict[st
         for number, line in enumerate(file, start=1):
             try:
                 value = json.loads(line) if line.endswith(b"\n") and line.strip() else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = "damaged"
             if isinstance(value, dict) and (key is None or key in value):
                 found.append((line, cast("dict[str, Any]", value)))

@@ -20,6 +20,8 @@ from fastgrpo.report.page import about, headline
 from fastgrpo.report.panels import curves, evaluations, others
 from fastgrpo.report.totals import histograms, timings
 
+DEEP = "[" * 100_000 + "]" * 100_000
+
 
 def test_curves_hold_every_step_and_name_what_is_absent(tmp_path):
     run = read_run(made_up(tmp_path / "run"))
@@ -440,6 +442,12 @@ def test_no_text_of_a_run_becomes_markup(tmp_path):
         (
             lambda run: evaluate(run, "x.json", at=1, metrics={"pass@1": 0.5}),
             "x.json is no result of `fastgrpo eval`",
+        ),
+        (lambda run: (run / "summary.json").write_text(DEEP), "does not hold names and values"),
+        (lambda run: (run / "config.yaml").write_text("[" * 2000), "does not hold names and"),
+        (
+            lambda run: (run / "completions.jsonl").write_text(f'{{"step": 1, "x": {DEEP}}}\n'),
+            "line 1 is no JSON object: repair or remove that line",
         ),
         (lambda run: (run / "summary.json").write_text("{"), "does not hold names and values"),
         (lambda run: (run / "config.yaml").write_text("- a\n"), "does not hold names and values"),

@@ -145,8 +145,8 @@ def _lines(path: Path, remarks: list[str]) -> Iterator[Line]:
             line = json.loads(row)
             if not isinstance(line, dict):
                 raise ValueError("no object")
-        except (ValueError, RecursionError):  # the second of brackets without end
-            if place == len(rows):
+        except (ValueError, RecursionError) as error:  # the second of brackets without end
+            if place == len(rows) and isinstance(error, ValueError):
                 remarks.append(
                     f"The last line of {path.name} is not whole, as while it is being written; it "
                     "is left out."
