@@ -27,11 +27,15 @@ class RunCheckpoints:
         steps = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted(int(step) for step in steps if step.isdecimal())
 
-    def newest(self) -> tuple[Path | None, list[str]]:
+    def newest(self, *, on_base: bool = False) -> tuple[Path | None, list[str]]:
         """Find the last checkpoint that a run can go on from; damaged ones get another name.
 
+        Args:
+            on_base: they are of adapters on what is in `base`.
+
         Returns:
-            The checkpoint; None: there never was one; and what is wrong with later ones.
+            The checkpoint; None: there never was one, and the run is not finished; and what is
+            wrong with later ones.
 
         Raises:
             ValueError: there are some, and the run cannot go on from any.
@@ -47,7 +51,7 @@ class RunCheckpoints:
                 damaged[path] = problem
                 why.append(f"{path.name}: {problem}")
             elif (path / "state").is_dir():
-                self._check_base()
+                self._check_base(needed=on_base)
                 return path, [
                     self._put_aside(*each, "the run goes on from the one before it")
                     for each in damaged.items()
@@ -60,12 +64,19 @@ class RunCheckpoints:
                 f"output_dir: the run in {self.run} has no checkpoint to go on from "
                 f"({'; '.join(why)}); put one back, or begin a new run in another output_dir"
             )
+        if (self.run / "summary.json").is_file():
+            raise ValueError(
+                f"output_dir: the run in {self.run} is finished and has no checkpoint to go on "
+                "from; train on from where it ended in a new run, with model_name_or_path: "
+                f"{self.run}/final and another output_dir"
+            )
         return None, []
 
-    def _check_base(self) -> None:
+    def _check_base(self, *, needed: bool) -> None:
         """Refuse what adapters were put on if it is damaged: there is no other one."""
         base = self.run / "base"
-        problem = damage(base) if base.is_dir() else None
+        missing = "it is missing" if needed else None
+        problem = damage(base) if base.is_dir() else missing
         if problem is not None:
             raise ValueError(
                 f"output_dir: {base}, which the adapters of the run were put on, is damaged: "

@@ -33,7 +33,7 @@ _MAY_DIFFER = frozenset(
         *("max_tokens_per_microbatch", "max_generation_batch_size", "per_device_eval_batch_size"),
         *("gradient_checkpointing", "activation_offloading", "offload_ref_model", "torch_compile"),
         *("cuda_graph", "cpu_threads", "reward_timeout", "max_bad_steps"),
-        *("save_strategy", "save_steps", "save_only_model", "save_total_limit", "save_errors"),
+        *("save_strategy", "save_steps", "save_total_limit", "save_errors"),
         *("logging_steps",),
         *("num_completions_to_log", "output_dir", "report_to", "project", "run_name"),
     }
@@ -72,6 +72,9 @@ class RunDirectory:
         for key, names in given.items():  # a run from this file alone must not do without them
             one = isinstance(names, str)
             values[key] = as_object(names) if one else [as_object(name) for name in names]
+        self._given = {"config.yaml": yaml.safe_dump(values, sort_keys=False)}
+        if given:
+            self._given["objects.json"] = json.dumps(plain(given), indent=2) + "\n"
         self._made: list[Path] = []
         begun = _begun(config.output_dir) if resume else None
         if begun is None:
@@ -84,12 +87,9 @@ class RunDirectory:
             self._lock = RunLock(self.path)
             if begun is None:
                 check_still_free(self.path)
-            else:
+                self._write_given()
+            else:  # what it holds stays until there is something to go on from, see `cut`
                 _check_same(begun, values, config.completions_per_step)
-                (begun / "summary.json").unlink(missing_ok=True)  # from now on it is not finished
-            self._write("config.yaml", yaml.safe_dump(values, sort_keys=False))
-            if given:
-                self._write("objects.json", json.dumps(plain(given), indent=2) + "\n")
         except BaseException:
             (self.close if begun else self.discard)()
             raise
@@ -119,7 +119,9 @@ class RunDirectory:
         return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
 
     def cut(self, step: int, sizes: Mapping[str, int] | None = None) -> None:
-        """Take back what was written after a checkpoint, which comes again.
+        """Go on: take back what was written after a checkpoint, which comes again.
+
+        From now on the run is not finished, and its configuration is the one of now.
 
         Args:
             step: of the checkpoint.
@@ -129,6 +131,8 @@ class RunDirectory:
         Raises:
             ValueError: something else has written to one of the files; says which.
         """
+        (self.path / "summary.json").unlink(missing_ok=True)
+        self._write_given()
         self.checkpoints.take_back(step)  # with the lines of all their steps still there
         for name in _LINES:
             path = self.path / f"{name}.jsonl"
@@ -146,7 +150,8 @@ class RunDirectory:
                     for _, line in lines:
                         self._grade(next(iter(line["rewards"].values())))
         for path in (self.path / "bad_steps").glob("step-*"):
-            if int(path.name.removeprefix("step-")) > step:
+            number = path.name.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
                 rmtree(path)
 
     def sync(self) -> None:
@@ -236,6 +241,10 @@ class RunDirectory:
         summary = plain(summary)
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _write_given(self) -> None:
+        for name, text in self._given.items():
+            self._write(name, text)
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.path / name, text)

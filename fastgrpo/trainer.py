@@ -16,6 +16,7 @@ from typing import Any
 from .adapters import base_trained
 from .assets import Assets, load_assets
 from .batch import Batch
+from .checkpoint import nameless_base
 from .config import TrainConfig, is_due
 from .console import Console
 from .distributed import join_world
@@ -137,7 +138,10 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint, or to before the first step if there is none."""
-        checkpoint, damaged = self.world.on_main(self.run.checkpoints.newest)
+        on_base = nameless_base(self.policy.model) is not None
+        checkpoint, damaged = self.world.on_main(
+            lambda: self.run.checkpoints.newest(on_base=on_base)
+        )
         step, sizes = -1, None  # without one also what was said before the first is taken back
         if checkpoint is not None:
             load_base(self.run.base, self.policy.model)

@@ -158,6 +158,36 @@ def test_a_finished_run_whose_schedule_has_no_end_can_be_made_longer(tmp_path, w
     assert_same_run(left_by(tmp_path / "run"), left_by(tmp_path / "whole"))
 
 
+@pytest.mark.fault(
+    "a finished run is to be made longer, and has no checkpoint that holds more than a model",
+    "one sentence, and no byte changes: it is finished still",
+)
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"save_strategy": "no", "save_steps": None},
+            "is finished and has no checkpoint to go on from; train on from where it ended in a "
+            r"new run, with model_name_or_path: .*/run/final and another output_dir$",
+        ),
+        ({"save_only_model": True}, r"no checkpoint to go on from \(step-1 is a model alone, as "),
+    ],
+)
+def test_a_finished_run_without_a_state_cannot_be_made_longer(
+    tmp_path, word_problems, values, sentence
+):
+    values = {name: value for name, value in {**QUICK, **values}.items() if value is not None}
+    model = save_small_model(tmp_path / "model")
+    config = run_config(tmp_path, word_problems, model, **{**values, "max_steps": 1})
+    summary = Trainer(config, reward_funcs=letter_e).train()
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(dataclasses.replace(config, max_steps=2), reward_funcs=letter_e, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert Trainer(config, reward_funcs=letter_e, resume=True).train() == summary
+
+
 def config_of(tmp_path, **values):
     return config_from(
         {
@@ -173,6 +203,7 @@ def config_of(tmp_path, **values):
     [
         ({"learning_rate": 1e-3}, "learning_rate: is 0.001 now, and 1e-06 in the run in "),
         ({"max_steps": 8}, "max_steps: is 8 now, and 9 in the run in "),
+        ({"save_only_model": True}, "save_only_model: is True now, and False in the run in "),
         ({"beta": 0.1}, "beta: is 0.1 now, and 0.0 in the run in "),
         (
             {"per_device_train_batch_size": 16},
@@ -198,7 +229,10 @@ def test_how_a_run_is_computed_and_shown_may_change(tmp_path):
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3,
         "parallel": {"data": 1, "shard": 2}, "gradient_checkpointing": False, "save_steps": 3,
     }  # fmt: skip
-    RunDirectory(config_of(tmp_path, **values), "train", resume=True)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    run = RunDirectory(config_of(tmp_path, **values), "train", resume=True)
+    assert (run.path / "config.yaml").read_text() == before  # it may still be refused
+    run.cut(0)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {key: written[key] for key in values} == values
 
@@ -222,7 +256,11 @@ def test_lines_of_later_steps_and_torn_ones_are_taken_back(tmp_path):
     for name, whole in (("metrics", kept), ("rewards", rewards)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole)
         (run.path / f"{name}.jsonl").write_text(text + text[:-3])
+    for name in ("step-1", "step-2", "step-2-mine"):
+        (run.path / "bad_steps" / name).mkdir(parents=True)
     run.cut(1)
+    left = {path.name for path in (run.path / "bad_steps").iterdir()}
+    assert left == {"step-1", "step-2-mine"}  # what has another name is another's
     assert lines(run.path / "rewards.jsonl") == rewards[:1] * 2
     assert read_lines(run.path / "metrics.jsonl") == kept[:1] * 2
     assert run.graded  # 0.5 is neither 0 nor 1
@@ -245,10 +283,9 @@ def test_parameters_that_no_step_has_reached_are_no_obstacle(tmp_path, word_prob
 
 def test_checkpoints_of_later_steps_are_taken_back_too(tmp_path):
     run = RunDirectory(config_of(tmp_path), "train")
-    for step, state in ((4, True), (6, False)):  # the second with save_only_model
+    for step in (4, 6):
         path = run.checkpoints.of_step(step)
-        (path / ("state" if state else "")).mkdir(parents=True)
+        (path / "state").mkdir(parents=True)
         seal(path)
-    assert run.checkpoints.newest() == (run.checkpoints.of_step(4), [])
     run.cut(4)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-4"]

@@ -50,7 +50,8 @@ class OutputOptions:
     save_steps: int = 500
     """Optimisation steps between two checkpoints, of the strategy `steps`."""
     save_only_model: bool = False
-    """Leave out of checkpoints what a run needs to go on from them: three quarters of it all."""
+    """Leave out of checkpoints what a run needs to go on from them: three quarters of it all. A
+    run that goes on cannot change it."""
     save_total_limit: int | None = None
     """Checkpoints that are kept; older ones are deleted when another is complete. Neither the best
     nor damaged ones are counted."""

@@ -302,3 +302,10 @@ def test_what_cannot_be_deleted_ends_no_run(run, monkeypatch):
 
 def refuse(path, **options):
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+
+@pytest.mark.fault("what adapters were put on is missing from the run", "one sentence")
+def test_adapters_are_not_resumed_without_their_base(run):
+    with pytest.raises(ValueError, match=r"run/base, which the adapters .* on, is damaged: it is"):
+        RunCheckpoints(run).newest(on_base=True)
+    assert RunCheckpoints(run).newest()[0] == RunCheckpoints(run).of_step(3)
