@@ -130,7 +130,8 @@ class BadSteps:
                     "look at what the model was loaded from, or go on from an earlier checkpoint"
                     if finding and finding.is_parameter
                     else "look at the last rewards in rewards.jsonl, or begin a new run with a "
-                    "lower learning_rate from a checkpoint, model_name_or_path: RUN/checkpoints/step-N"
+                    "lower learning_rate from a checkpoint, with model_name_or_path: "
+                    "RUN/checkpoints/step-N"
                 )
             )
 
