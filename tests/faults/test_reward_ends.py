@@ -123,6 +123,7 @@ def test_signals_without_a_name(write, judge):
 
 
 @linux
+@pytest.mark.slow
 @pytest.mark.fault(
     "a reward function gets SIGUSR1 300 times, and hangs in a later batch",
     "it goes on, and what is told is where it hangs",
