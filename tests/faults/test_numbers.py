@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from copy import deepcopy
-from shutil import rmtree
 from statistics import median
 
 import pytest
@@ -13,12 +12,10 @@ import torch
 from safetensors.torch import load_file
 from small_runs import lines, weights_of
 
-from fastgrpo.bad_steps import BadSteps, read_bad_step
+from fastgrpo.bad_steps import read_bad_step
 from fastgrpo.cli import main
-from fastgrpo.config import TrainConfig
 from fastgrpo.replay import replay
 from fastgrpo.trace import Finding
-from fastgrpo.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
@@ -279,38 +276,6 @@ def test_a_fault_of_the_model_in_memory_does_not_come_again_in_replay(start):
     assert 0 < abs(other.grad_norm / wanted["grad_norm"] - 1) < 0.05
 
 
-def limits(norms, window, ratio):
-    """Return whether each norm is skipped, by the definition."""
-    good, skipped = [], []
-    for norm in norms:
-        bad = len(good) >= window and norm > ratio * median(good[-window:])
-        skipped.append(bad)
-        if not bad and norm > 0:
-            good.append(norm)
-    return skipped
-
-
-def test_a_spike_is_far_above_the_median_of_the_good_steps_before_it():
-    norms = [5.0, 1.0, 0.0, 2.0, 3.0, 31.0, 3.0, 0.0, 29.0, 1.0, 1.0, 11.0, 10.0, 8.0]
-    wanted = limits(norms, 3, 10.0)
-    assert wanted[5] and wanted[11]
-    config = TrainConfig(max_grad_norm_ratio=10.0, grad_norm_window=3)
-    for resumed_at in (None, 4, 6):
-        bad_steps, found = BadSteps(config), []
-        for i, norm in enumerate(norms):
-            if i == resumed_at:
-                state = bad_steps.state_dict()
-                bad_steps = BadSteps(config)
-                bad_steps.load_state_dict(state)
-            found.append(bad_steps.reason(0.0, norm) is not None)
-            if found[-1]:
-                bad_steps.skip()
-            else:
-                bad_steps.took(norm)
-        assert found == wanted
-        assert bad_steps.skipped == sum(wanted)
-
-
 @pytest.mark.fault(
     "a gradient 100 times the median, with max_grad_norm_ratio: 10",
     "the step is skipped, nothing has changed; replay shows the largest gradients",
@@ -346,27 +311,3 @@ def test_a_bad_step_that_cannot_be_kept_does_not_end_the_run(start):
     (said,) = trainer.learner.take_problems()
     assert "step 1 was skipped" in said and "could not be written" in said
     assert trainer.learner.optimise(batch, 2)["skipped_steps"] == 1
-
-
-@pytest.mark.slow
-def test_what_is_skipped_after_a_checkpoint_is_skipped_again_by_a_run_that_goes_on(start):
-    trainer = start(
-        max_grad_norm_ratio=1.0, grad_norm_window=1, max_bad_steps=9, max_steps=6,
-        save_strategy="steps", save_steps=3,
-    )  # fmt: skip
-    run, found = trainer.run.path, []
-    for resumed in (False, True):
-        if resumed:
-            rmtree(run / "checkpoints" / "step-6")
-            (run / "summary.json").unlink()
-            trainer = Trainer(trainer.config, resume=True)
-        trainer.train()
-        metrics = [
-            {k: v for k, v in line.items() if not re.search("time|memory|_per_", k)}
-            for line in lines(run / "metrics.jsonl")
-        ]
-        kept = {path.name: read_bad_step(path) for path in (run / "bad_steps").iterdir()}
-        found.append((metrics, kept, trainer.learner.bad_steps.state_dict()))
-    assert found[0] == found[1]
-    skipped = [m["skipped_steps"] for m in found[0][0]]
-    assert skipped[2] < skipped[5] == len(found[0][1])
