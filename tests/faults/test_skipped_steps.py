@@ -55,7 +55,7 @@ def test_what_is_skipped_after_a_checkpoint_is_skipped_again_by_a_run_that_goes_
     run, found = trainer.run.path, []
     for resumed in (False, True):
         if resumed:
-            rmtree(run / "checkpoints" / "step-6")
+            rmtree(run / "checkpoints" / "step-6", ignore_errors=True)  # bad steps save none
             (run / "summary.json").unlink()
             trainer = Trainer(trainer.config, resume=True)
         trainer.train()
