@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import ConfigError, TrainConfig
 from .data import load_prompts
 from .loading import load_model, load_tokenizer
+from .model import eos_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,13 +68,29 @@ def load_assets(config: TrainConfig) -> Assets:
     test_dataset = None
     if config.test_split is not None:
         test_dataset = load_split(split=config.test_split)
-    tokenizer = load_tokenizer(config)
+    tokenizer, model = load_tokenizer(config), load_model(config)
+    _check_ends(model, tokenizer)
     return Assets(
-        model=load_model(config),
+        model=model,
         tokenizer=tokenizer,
         train_dataset=train_dataset,
         test_dataset=test_dataset,
     )
+
+
+def _check_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that cannot end a completion; objects of your own may be made so.
+
+    Raises:
+        ValueError: says which token it has no embedding for.
+    """
+    ids = eos_token_ids(model, tokenizer)
+    vocabulary = len(model.get_input_embeddings().weight)
+    if not any(0 <= i < vocabulary for i in ids):
+        raise ValueError(
+            f"the end-of-sequence token has the id {ids[0]}, and the model has embeddings of "
+            f"{vocabulary} tokens: take the model's own tokenizer, or resize its embeddings"
+        )
 
 
 def _arithmetic(config: TrainConfig) -> Assets:

@@ -66,7 +66,7 @@ class Policy:
             if padding_free and self.why_padded:
                 raise ValueError(f"padding_free: {self.why_padded}; leave padding_free out")
         self.compiled = False
-        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocabulary)
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
         # Padding is masked everywhere, so any id that can be embedded will do.
         pad: Any = tokenizer.pad_token_id
         embedded = isinstance(pad, int) and 0 <= pad < self.vocabulary
@@ -178,10 +178,12 @@ class Policy:
         return sys.maxsize if limit is None else limit
 
 
-def _eos_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int
-) -> list[int]:
-    """Return all ids that end a completion: the generation config's and the tokenizer's."""
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all ids that end a completion: the generation config's and the tokenizer's.
+
+    Raises:
+        ValueError: there is none.
+    """
     configured: Any = model.generation_config.eos_token_id if model.generation_config else None
     ids: list[Any] = configured if isinstance(configured, list) else [configured]
     found = sorted({i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int)})
@@ -190,10 +192,4 @@ def _eos_token_ids(
             "neither the tokenizer nor the generation config has an end-of-sequence token: "
             "set tokenizer.eos_token"
         )
-    known = [i for i in found if 0 <= i < vocabulary]
-    if not known:
-        raise ValueError(
-            f"the end-of-sequence token has the id {found[0]}, and the model has embeddings of "
-            f"{vocabulary} tokens: take the model's own tokenizer, or resize its embeddings"
-        )
-    return known
+    return found

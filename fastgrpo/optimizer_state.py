@@ -29,27 +29,34 @@ def save_optimizer(path: Path, optimizer: Optimizer) -> None:
         path: of the file.
         optimizer: any that `build_optimizer` makes.
     """
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    for name, owner, parameter in _stepped(optimizer):
-        if owner is not optimizer:
-            tensors[f"{name}.copy"] = parameter
-        if parameter in owner.state:
-            state = owner.state[parameter]
-            tensors |= _tensors(name, state)
-            numbers[name] = {key: x for key, x in state.items() if not isinstance(x, Tensor)}
-    if isinstance(optimizer, StochasticRoundingAdamW):
-        tensors[_GENERATOR] = optimizer.generator.get_state()
+    numbers = {
+        name: {key: x for key, x in owner.state[p].items() if not isinstance(x, Tensor)}
+        for name, owner, p in _stepped(optimizer)
+        if p in owner.state
+    }
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # a GPU writes paged states, which are read here
     written: dict[str, Tensor] = {}
     places: set[int] = set()
-    for name, x in tensors.items():
+    for name, x in gathered(optimizer).items():
         plain = x.detach().cpu().contiguous()
         # Parameters share the tables of bitsandbytes, and a file does not.
         written[name] = plain.clone() if plain.data_ptr() in places else plain
         places.add(plain.data_ptr())
     save_file(written, path, {"numbers": json.dumps(numbers)})
+
+
+def gathered(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the tensors that an optimizer has beside its parameters, by name: the very tensors."""
+    tensors: dict[str, Tensor] = {}
+    for name, owner, parameter in _stepped(optimizer):
+        if owner is not optimizer:
+            tensors[f"{name}.copy"] = parameter
+        if parameter in owner.state:
+            tensors |= _tensors(name, owner.state[parameter])
+    if isinstance(optimizer, StochasticRoundingAdamW):
+        tensors[_GENERATOR] = optimizer.generator.get_state()
+    return tensors
 
 
 @torch.no_grad()

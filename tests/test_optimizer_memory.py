@@ -11,6 +11,7 @@ from benchmarks.measure import CpuAllocations
 from fastgrpo import low_precision
 from fastgrpo.low_precision import MasterWeights
 from fastgrpo.optim import build_optimizer, optimizer_bytes
+from fastgrpo.optimizer_state import gathered
 
 # bytes of states for each parameter, and at the peak of a step
 MEMORY = {
@@ -30,7 +31,7 @@ def test_an_optimizer_keeps_the_bytes_that_the_planner_is_told(values, kept, pea
     model = one_matrix(elements, torch.bfloat16 if "dtype" in values else torch.float32)
     optimizer, _ = build_optimizer(model, config, STEPS)
     optimizer.step()
-    tensors = [x for x in tree_leaves(optimizer.state_dict()) if isinstance(x, torch.Tensor)]
+    tensors = list(gathered(optimizer).values())
     large = {x.data_ptr(): x.nbytes for x in tensors if x.nbytes >= 4 * elements // 256}
     assert sum(large.values()) == kept * elements
     told = optimizer_bytes(elements, config)
@@ -94,7 +95,7 @@ def test_offloaded_states_and_copies_take_nothing_of_the_training_device(values)
                 optimizer.step()
                 optimizer.step()
             made.append(new.total())
-        kept = [x for x in tree_leaves(offloaded.state_dict()) if isinstance(x, torch.Tensor)]
+        kept = list(gathered(offloaded).values())
     assert made[0] == 0
     assert made[1] >= 12 * 64 * 64  # so it would be seen
     assert {x.device.type for x in kept} == {"cpu"}
