@@ -65,7 +65,7 @@ def train(task: Task, cell: TrainerCell, recorder: Recorder, directory: Path) ->
     trainer: Any = Trainer(config, assets)
     trainer.sampler.rollout = GivenOrSampled(trainer.sampler.rollout, cell, recorder)
     collect = recorder.timed("rollout", trainer.collect)
-    optimise, log = trainer.optimise, trainer.log
+    optimise, finish_step = trainer.optimise, trainer.finish_step
 
     def collect_in_step(step: int, times: dict[str, float]) -> Any:
         recorder.begin()
@@ -78,14 +78,14 @@ def train(task: Task, cell: TrainerCell, recorder: Recorder, directory: Path) ->
         recorder.trained()
         return metrics
 
-    def log_and_check(step: int, batch: Any, metrics: dict[str, float], times: Any) -> None:
-        log(step, batch, metrics, times)
+    def finish_and_check(metrics: dict[str, float], times: dict[str, float], tokens: int) -> None:
+        finish_step(metrics, times, tokens)
         recorder.report(metrics)
 
-    trainer.collect, trainer.optimise, trainer.log = (
+    trainer.collect, trainer.optimise, trainer.finish_step = (
         collect_in_step,
         optimise_in_step,
-        log_and_check,
+        finish_and_check,
     )
-    trainer.save = lambda path: recorder.end()  # the final checkpoint, which nobody wants
+    trainer.saver.save = lambda path: recorder.end()  # the final checkpoint, which nobody wants
     trainer.train()
