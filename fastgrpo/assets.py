@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,7 +85,8 @@ def _check_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
         ValueError: says which token it has no embedding for.
     """
     ids = eos_token_ids(model, tokenizer)
-    vocabulary = len(model.get_input_embeddings().weight)
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = len(embeddings.weight)
     if not any(0 <= i < vocabulary for i in ids):
         raise ValueError(
             f"the end-of-sequence token has the id {ids[0]}, and the model has embeddings of "
