@@ -58,6 +58,8 @@ def writing(path: Path) -> Generator[None]:
     except WriteError:
         raise
     except BaseException as error:  # PyTorch's is no Exception
+        if interrupt := _interrupt(error):
+            raise interrupt from None
         reason = _refusal(error)
         if reason is None:
             raise
@@ -65,6 +67,12 @@ def writing(path: Path) -> Generator[None]:
             f"{path} could not be written: {reason}; make room, or mend what is in the way, before "
             "you go on"
         ) from error
+
+
+def _interrupt(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the signal that has ended a save, which PyTorch takes for a failure of it."""
+    found = (each for each, _ in getattr(error, "failures", {}).values())
+    return next((each for each in found if isinstance(each, KeyboardInterrupt)), None)
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -83,9 +83,10 @@ def check_still_free(path: Path) -> None:
         path.is_dir() and {each.name for each in path.iterdir()} <= _BEGINNINGS
     ):
         return
+    begun = (path / "config.yaml").is_file()
+    rest = "go on with its run: --resume auto" if begun else "remove it if it is not needed"
     raise ValueError(
-        f"output_dir: {path} exists and is not an empty directory; choose another name, or "
-        "remove it if it is not needed"
+        f"output_dir: {path} exists and is not an empty directory; choose another name, or {rest}"
     )
 
 

@@ -32,7 +32,7 @@ _MAY_DIFFER = frozenset(
         *("parallel", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("max_tokens_per_microbatch", "max_generation_batch_size", "per_device_eval_batch_size"),
         *("gradient_checkpointing", "activation_offloading", "offload_ref_model", "torch_compile"),
-        *("cuda_graph", "cpu_threads", "reward_timeout", "max_bad_steps"),
+        *("cuda_graph", "cpu_threads", "reward_timeout", "reward_errors", "max_bad_steps"),
         *("save_strategy", "save_steps", "save_total_limit", "save_errors"),
         *("logging_steps",),
         *("num_completions_to_log", "output_dir", "report_to", "project", "run_name"),

@@ -228,6 +228,7 @@ def test_how_a_run_is_computed_and_shown_may_change(tmp_path):
     values = {
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3,
         "parallel": {"data": 1, "shard": 2}, "gradient_checkpointing": False, "save_steps": 3,
+        "reward_errors": "none",
     }  # fmt: skip
     before = (tmp_path / "run" / "config.yaml").read_text()
     run = RunDirectory(config_of(tmp_path, **values), "train", resume=True)
