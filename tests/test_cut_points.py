@@ -108,6 +108,7 @@ def assert_goes_on(start, tmp_path, values, cuts):
     return wanted
 
 
+@pytest.mark.slow
 def test_what_goes_on_is_the_run_that_went_through(start, tmp_path):
     found, _ = assert_goes_on(start, tmp_path, EVERYTHING, [1, 4])
     counts = [line.get("rewards/fails/exceptions") for line in found["metrics"]]

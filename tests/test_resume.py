@@ -173,6 +173,7 @@ def test_a_finished_run_whose_schedule_has_no_end_can_be_made_longer(tmp_path, w
         ({"save_only_model": True}, r"no checkpoint to go on from \(step-1 is a model alone, as "),
     ],
 )
+@pytest.mark.slow
 def test_a_finished_run_without_a_state_cannot_be_made_longer(
     tmp_path, word_problems, values, sentence
 ):

@@ -12,6 +12,8 @@ from fastgrpo.rewards import Judges, names, tag_count
 
 def test_the_forms_of_a_name_and_a_function(tmp_path, monkeypatch, judge):
     monkeypatch.chdir(tmp_path)
+    for name in ("fastgrpo_rewards_mine", "mine", "package.inner"):  # of other tests
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
         "@dataclass\nclass Point:\n    x: 'int'\n"
