@@ -203,9 +203,9 @@ def check_a_run(directory: Path) -> None:
     trainer = Trainer(config)
     optimise, rounds = trainer.learner.optimise, []
 
-    def counted(batch: Batch) -> dict[str, float]:
+    def counted(batch: Batch, number: int) -> dict[str, float]:
         rounds.append(trainer.learner.passes(batch).rounds)
-        return optimise(batch)
+        return optimise(batch, number)
 
     trainer.learner.optimise = counted
     found = moved_by(trainer.train)
