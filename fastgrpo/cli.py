@@ -202,10 +202,11 @@ def plan(
     """Print how much memory a run will take; whether it fits or not, the status is 0."""
     print(f"fastgrpo: planning {config_file}", file=sys.stderr, flush=True)
     from .config import load_config
-    from .memory.report import print_plan
 
     try:
         config = load_config(config_file, overrides)
+        from .memory.report import print_plan
+
         print_plan(config, gpu_memory=gpu_memory, prompt_length=prompt_length)
     except (ValueError, OSError, ImportError) as error:
         complain(error)

@@ -27,6 +27,10 @@ class RunCheckpoints:
         steps = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted(int(step) for step in steps if step.isdecimal())
 
+    def last_step(self) -> int | None:
+        """Return the last step that a run may go on from, damaged or not; None: there is none."""
+        return max((n for n in self.steps() if (self.of_step(n) / "state").is_dir()), default=None)
+
     def newest(self, *, on_base: bool = False) -> tuple[Path | None, list[str]]:
         """Find the last checkpoint that a run can go on from; damaged ones get another name.
 

@@ -43,7 +43,6 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
     from .config import load_config
     from .distributed import is_restarted, join_world, leave_world, note_begun
     from .output_dir import check_restarts
-    from .trainer import Trainer
 
     trainer = None
     try:
@@ -52,6 +51,8 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
             config = load_config(config_file, overrides)
         check_restarts(config.output_dir)
         resume = resume or is_restarted()
+        from .trainer import Trainer  # takes longer to import than a wrong key should to be told
+
         trainer = Trainer(config, run_name=Path(config_file).stem, resume=resume)
         if trainer.summary is not None:  # of a run that is finished
             leave_world()
@@ -107,7 +108,7 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
     if world.size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may keep it from being told
     status, text = _outcome(error, begun=run is not None)
-    lines = [] if run is None else [_place(run)]
+    lines = [] if run is None else _place(run)
     if text is None and world.size == 1:
         # Before the traceback of what is nobody's input.
         print(*lines, sep="\n", file=sys.stderr)
@@ -137,11 +138,7 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
 
 def _outcome(error: Exception | KeyboardInterrupt, *, begun: bool) -> tuple[int, str | None]:
     """Return the exit status and what to say; None: the traceback."""
-    from .config import ConfigError
     from .distributed import joined_world, lost_peer
-    from .durable import WriteError
-    from .rewards import RewardError
-    from .rollout_fn import RolloutError
 
     if isinstance(error, KeyboardInterrupt):
         forwarded = joined_world().size > 1 and exit_status(error) == 128 + signal.SIGTERM
@@ -151,6 +148,11 @@ def _outcome(error: Exception | KeyboardInterrupt, *, begun: bool) -> tuple[int,
         return 1, _PEER_LOST
     if not begun and isinstance(error, ValueError | OSError | ImportError):
         return 2, str(error)
+    from .config import ConfigError
+    from .durable import WriteError
+    from .rewards import RewardError
+    from .rollout_fn import RolloutError
+
     theirs = (
         *(ConfigError, WriteError, RewardError, RolloutError),
         *(FloatingPointError, _out_of_memory()),
@@ -164,9 +166,13 @@ def _out_of_memory() -> type[Exception]:
     return OutOfMemoryError
 
 
-def _place(run: Path) -> str:
-    """Say where a run is that has ended; one without a step leaves nothing."""
+def _place(run: Path) -> list[str]:
+    """Say where a run is that has ended, and how it goes on; one without a step leaves nothing."""
     from .output_dir import is_bare
+    from .run_checkpoints import RunCheckpoints
 
-    left = run.is_dir() and not is_bare(run)
-    return f"run directory: {run}" if left else "nothing was written"
+    if not run.is_dir() or is_bare(run):
+        return ["nothing was written"]
+    step = RunCheckpoints(run).last_step()
+    how = f"start it again with output_dir={run} and --resume auto to go on after step {step}"
+    return [f"run directory: {run}"] + ([how] if step else [])

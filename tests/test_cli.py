@@ -250,6 +250,21 @@ def test_an_error_of_the_users_own_code_is_told_with_what_there_is_of_the_run(
     assert "nothing was written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_fails_says_how_to_go_on(tmp_path, monkeypatch, config_file, capsys, saved):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def judge(completions, trainer_state, **columns):\n"
+        "    return [1.0 / (1 - trainer_state.global_step)] * len(completions)\n"
+    )
+    saving = ["save_strategy=steps", "save_steps=1"] if saved else []
+    overrides = [*saving, "reward_funcs=[mine.py:judge]", "reward_timeout=null", "output_dir=run"]
+    assert main(["train", str(config_file), *overrides]) == 1
+    told = capsys.readouterr().err.partition("ZeroDivisionError")[2].splitlines()[1:]
+    how = "start it again with output_dir=run and --resume auto to go on after step 1"
+    assert told == ["run directory: run"] + [how] * saved
+
+
 @pytest.mark.parametrize("kind", ["a link", "empty", "new", "in new ones"])
 def test_a_run_without_a_step_leaves_the_directories_that_were_there(
     tmp_path, monkeypatch, config_file, capsys, kind

@@ -57,6 +57,22 @@ print(*sorted(added), "torch._dynamo" in sys.modules)
     assert said == "fastgrpo fastgrpo_kernels False"
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_wrong_key_is_told_before_what_takes_long_is_imported(
+    tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "config.yaml").write_text("loss_typ: dapo\n")
+    said = run(
+        """
+import sys
+from fastgrpo.cli import main
+print(main(sys.argv[1:]), "transformers" in sys.modules)
+""",
+        *(command, str(tmp_path / "config.yaml")),
+    )
+    assert said == "2 False"
+
+
 def test_an_integration_imports_nothing_that_it_does_not_need() -> None:
     assert NEEDS.keys() <= INTEGRATIONS
     assert run(ABSENT, ",".join(sorted(OTHERS)), *sorted(INTEGRATIONS - NEEDS.keys())) == ""
