@@ -269,7 +269,8 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(place):
             place, fault, *RESTARTED, f"output_dir={place}/{run}", options=("--max-restarts", 1)
         )
         assert done.returncode == 0, done.stderr
-        assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr
+        # Torchrun names one of those that have ended by then, which may be the other.
+        assert (place / "fault").exists()
         assert done.stdout.count("resumed after") == bool(said)
         assert said in done.stdout
         assert metrics(run) == metrics("whole")
@@ -297,9 +298,10 @@ def test_a_restart_does_not_go_on_with_the_run_of_another_job(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("difference", [0.0, 1e-3])
-def test_processes_must_bring_the_same_model(tmp_path, difference):
+def test_processes_must_bring_the_same_model(tmp_path):
+    """As they do in `step_cases`, whose models go through the same door."""
     script = Path(__file__).with_name("two_models.py")
-    done = torchrun(2, script, difference, tmp_path / "run")
+    done = torchrun(2, script, 1e-3, tmp_path / "run")
+    assert done.returncode != 0
     told = "the processes have brought different models: call torch.manual_seed before you make"
-    assert (done.returncode == 0, told in done.stderr) == (not difference, bool(difference))
+    assert told in done.stderr

@@ -1,9 +1,9 @@
 """Runs saved by some number of processes, resumed by another, beside the run that went through.
 
-Every case is trained on four processes to its end, with a checkpoint after each step; of its
+Every case is trained to its end by some processes, with a checkpoint after each step; of its
 directory copies are made whose last checkpoint is an earlier one, while the other files say all
-that came later: what a run leaves that is killed. Copies go on with four processes, with two
-copies of two parts, with two, and with one; runs of one process go on with two.
+that came later: what a run leaves that is killed. Copies go on with as many processes, and those of
+the first cut with others too: four, two copies of two parts, two, one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DROPOUT = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.3}
-"""What four processes draw is not what others would: it goes on with as many alone."""
+"""What two processes draw is not what others would: it goes on with as many alone."""
 CUTS = {
     "dapo, warmup and a cosine": [1, 4],
     # Of four steps on a generation the first, or the last, is done.
@@ -63,17 +63,32 @@ CUTS = {
     "a warm start": [2],
     "dropout": [3],
 }
-WORLDS = {  # by name: processes, and how they share the model
+PROCESSES = {  # by name: how many, and how they share the model
     "4": (4, {"data": 1, "shard": 4}),
     "2x2": (4, {"data": 2, "shard": 2}),
     "2": (2, {"data": 1, "shard": 2}),
     "1": (1, None),
 }
+WORLDS = {  # who trains each case, and who else goes on with it
+    "dapo, warmup and a cosine": ["4", "2x2", "2", "1"],
+    "a reference that moves, waiting batches": ["2", "2x2", "1"],
+    "adaptive entropy, dynamic sampling": ["2", "4", "1"],
+    "adapters": ["2", "4", "1"],
+    "a warm start": ["2", "1"],
+    "dropout": ["2"],
+}
+FIRST = next(iter(CASES))
+RESUMED = [
+    (case, step, world)
+    for case, steps in CUTS.items()
+    for step in steps
+    for world in (WORLDS[case] if step == steps[0] else WORLDS[case][:1])
+]
 
 
 def values(root: Path, case: str, world: str, name: str) -> dict[str, Any]:
     options = dict(DROPOUT if case == "dropout" else CASES[case])
-    n, parallel = WORLDS[world]
+    n, parallel = PROCESSES[world]
     tie = options.pop("tie", True)
     if "task" not in options:
         options |= {
@@ -130,33 +145,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = torchrun(n, script, file, timeout=900)
         assert done.returncode == 0, done.stderr
 
-    run(4, [values(root, case, "4", f"{case} whole") for case in CUTS])
-    train(values(root, FIRST, "1", "whole on 1"))
     jobs: dict[int, list[dict[str, Any]]] = {4: [], 2: []}
-    for case, steps in CUTS.items():
-        for world in ["4"] if case == "dropout" else WORLDS:
-            for step in steps:
-                name = name_of(case, step, world)
-                cut(root / f"{case} whole", step, root / name)
-                job = values(root, case, world, name) | {"resume": True}
-                if world == "1":
-                    train(job)
-                else:
-                    jobs[WORLDS[world][0]].append(job)
+    for case, (world, *_) in WORLDS.items():
+        jobs[PROCESSES[world][0]].append(values(root, case, world, f"{case} whole"))
+    for n, some in jobs.items():
+        run(n, some)
+        some.clear()
+    train(values(root, FIRST, "1", "whole on 1"))
+    for case, step, world in RESUMED:
+        name = name_of(case, step, world)
+        cut(root / f"{case} whole", step, root / name)
+        job = values(root, case, world, name) | {"resume": True}
+        if world == "1":
+            train(job)
+        else:
+            jobs[PROCESSES[world][0]].append(job)
     cut(root / "whole on 1", 3, root / "1 to 2")
     jobs[2].append(values(root, FIRST, "2", "1 to 2") | {"resume": True})
     for n, some in jobs.items():
         run(n, some)
     return root
-
-
-FIRST = next(iter(CASES))
-RESUMED = [
-    (case, step, world)
-    for case, steps in CUTS.items()
-    for step in steps
-    for world in (["4"] if case == "dropout" else WORLDS)
-]
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
@@ -201,7 +209,7 @@ def test_a_resumed_run_is_the_run_that_went_through(
 ) -> None:
     """With as many processes it is the same to the last bit."""
     run = root / name_of(case, step, world)
-    assert_same_run(run, root / f"{case} whole", exactly=world == "4")
+    assert_same_run(run, root / f"{case} whole", exactly=world == WORLDS[case][0])
 
 
 def test_a_run_of_one_process_goes_on_with_two(root: Path) -> None:
@@ -221,7 +229,7 @@ def test_runs_learn_something_that_resuming_could_lose(root: Path, case: str) ->
 @pytest.mark.parametrize("case", [case for case in CASES if case != "adapters"])
 def test_checkpoints_are_those_of_one_process(root: Path, case: str) -> None:
     """Every one is a plain Hugging Face checkpoint, with the keys that a whole model saves."""
-    for run in (root / f"{case} whole", root / name_of(case, CUTS[case][0], "2")):
+    for run in (root / f"{case} whole", root / name_of(case, CUTS[case][0], WORLDS[case][-2])):
         for path in (run / "final", run / "checkpoints" / f"step-{STEPS - 1}"):
             model, found = AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto", output_loading_info=True
@@ -233,8 +241,8 @@ def test_checkpoints_are_those_of_one_process(root: Path, case: str) -> None:
             assert ("lm_head.weight" in saved) == (not CASES[case].get("tie", True))
 
 
-def test_adapters_of_four_processes_find_their_base(root: Path) -> None:
-    for run in (root / "adapters whole", root / name_of("adapters", 3, "2")):
+def test_adapters_of_several_processes_find_their_base(root: Path) -> None:
+    for run in (root / "adapters whole", root / name_of("adapters", 3, "4")):
         for path in (run / "final", run / "checkpoints" / "step-5"):
             described = json.loads((path / "adapter_config.json").read_text())
             assert described["base_model_name_or_path"] == str(root / "tied-True")
