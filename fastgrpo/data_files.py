@@ -229,12 +229,21 @@ def _changes(value: Any) -> bool:
     return isinstance(value, int) and abs(value) > _EXACT
 
 
+def _records(reader: Any) -> Iterator[list[str]]:
+    """Yield what lines hold that are not empty."""
+    for record in cast("Iterator[list[str]]", reader):
+        if len(record) == 1 and record[0].isspace():  # readers differ in what they make of it
+            raise _Wrong("is blank; remove it", reader.line_num)
+        if record:
+            yield record
+
+
 def _check_csv(file: TextIO) -> None:
     """Hold every record to the columns of the first."""
     before = csv.field_size_limit(sys.maxsize)
     reader = csv.reader(file, strict=True)
     try:
-        records: Iterator[list[str]] = (record for record in reader if record)
+        records = _records(reader)
         header = next(records, [])
         for name in header:
             if header.count(name) > 1:

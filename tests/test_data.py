@@ -278,6 +278,14 @@ def test_all_of_csv_is_text(tmp_path, kind):
     }
 
 
+@pytest.mark.parametrize(("text", "line"), [("prompt\na\n ", 3), ("prompt\n \t\nb\n", 2)])
+def test_a_line_of_blanks_is_no_prompt_that_is_lost(tmp_path, text, line):
+    """Pandas would pass over it."""
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"'a.csv', line {line}: is blank; remove it"):
+        load_prompts("a.csv", "train")
+
+
 @pytest.mark.fault(
     "a folder of prompts with files that are not looked through, one with 100,000 brackets",
     "refused in a sentence with the file; the process lives",

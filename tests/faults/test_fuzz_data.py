@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +22,12 @@ from hypothesis import strategies as st
 
 from fastgrpo.data import load_prompts
 
-# What pandas does not close when it fails.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    # What pandas does not close when it fails.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    # A case that fails is shown, however long.
+    pytest.mark.filterwarnings("ignore:Generating overly large repr"),
+]
 MESSAGE = {"role": "user", "content": "Why?"}
 TEXTS = [
     "a",
@@ -204,6 +209,7 @@ def load(tmp_path, monkeypatch):
     progress_bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    longest = csv.field_size_limit(sys.maxsize)
 
     def make(path, column, split):
         try:
@@ -218,6 +224,7 @@ def load(tmp_path, monkeypatch):
 
     yield make
     gc.collect()
+    csv.field_size_limit(longest)
     datasets.logging.set_verbosity_warning()
     if not progress_bars:
         datasets.enable_progress_bars()
