@@ -210,4 +210,4 @@ def forget_other_weights(folder: Path) -> None:
     """Delete the parameters of all steps beside one: of a model there is one copy at most."""
     for other in folder.parent.glob("step-*/weights"):
         if other.parent != folder:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # what is in use goes with the next one

@@ -24,21 +24,10 @@ from .report import save_curves
 from .rewards.names import as_object
 from .run_checkpoints import RunCheckpoints
 from .run_lock import RunLock
+from .same_run import check_same, is_longer
 
 _LINES = ("metrics", "completions", "rewards", "warnings")
 """Files of one line after the other, each with its step."""
-_MAY_DIFFER = frozenset(
-    {
-        *("parallel", "per_device_train_batch_size", "gradient_accumulation_steps"),
-        *("max_tokens_per_microbatch", "max_generation_batch_size", "per_device_eval_batch_size"),
-        *("gradient_checkpointing", "activation_offloading", "offload_ref_model", "torch_compile"),
-        *("cuda_graph", "cpu_threads", "reward_timeout", "reward_errors", "max_bad_steps"),
-        *("save_strategy", "save_steps", "save_total_limit", "save_errors"),
-        *("logging_steps",),
-        *("num_completions_to_log", "output_dir", "report_to", "project", "run_name"),
-    }
-)
-"""Options of a resumed run that change how it is computed or shown, not what."""
 
 
 class RunDirectory:
@@ -89,7 +78,7 @@ class RunDirectory:
                 check_still_free(self.path)
                 self._write_given()
             else:  # what it holds stays until there is something to go on from, see `cut`
-                _check_same(begun, values, config.completions_per_step)
+                check_same(begun, values, config)
         except BaseException:
             (self.close if begun else self.discard)()
             raise
@@ -131,9 +120,7 @@ class RunDirectory:
         Raises:
             ValueError: something else has written to one of the files; says which.
         """
-        (self.path / "summary.json").unlink(missing_ok=True)
-        self._write_given()
-        self.checkpoints.take_back(step)  # with the lines of all their steps still there
+        kept: dict[Path, bytes] = {}  # all is read before anything changes
         for name in _LINES:
             path = self.path / f"{name}.jsonl"
             if path.exists():
@@ -145,14 +132,19 @@ class RunDirectory:
                     for (text, line), end in zip(lines, ends, strict=True)
                     if line["step"] <= step and end <= most
                 ]
-                write_whole(path, b"".join(text for text, _ in lines))
+                kept[path] = b"".join(text for text, _ in lines)
                 if name == "rewards":
                     for _, line in lines:
                         self._grade(next(iter(line["rewards"].values())))
+        (self.path / "summary.json").unlink(missing_ok=True)
+        self._write_given()
+        self.checkpoints.take_back(step)  # with the lines of all their steps still there
+        for path, text in kept.items():
+            write_whole(path, text)
         for path in (self.path / "bad_steps").glob("step-*"):
             number = path.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
-                rmtree(path)
+                rmtree(path, ignore_errors=True)  # what is in use still is in nobody's way
 
     def sync(self) -> None:
         """Have all lines on the disk: a checkpoint must not outlast those of its steps.
@@ -165,6 +157,8 @@ class RunDirectory:
             if path.exists():
                 with writing(path):
                     sync(path)
+        with writing(self.path):
+            sync(self.path)  # their names
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a step's line to metrics.jsonl."""
@@ -220,11 +214,12 @@ class RunDirectory:
         A directory that was there stays. Nothing is raised: why it could not begin is to be told.
         """
         with suppress(OSError):
-            bare = self.is_bare  # else of a run that was to go on
-            for name in GIVEN if bare else ():
+            # Else of a run that was to go on, or of the one that has the directory.
+            ours = self._lock is not None and self.is_bare
+            for name in GIVEN if ours else ():
                 (self.path / name).unlink(missing_ok=True)
             self.close()
-            for path in self._made if bare else ():
+            for path in self._made:  # those that are empty
                 path.rmdir()
 
     def finish(self, accuracy_key: str, **summary: Any) -> dict[str, Any]:
@@ -264,47 +259,6 @@ def _begun(output_dir: str | None) -> Path | None:
     return path if (path / "config.yaml").is_file() else None
 
 
-def _check_same(path: Path, values: Mapping[str, Any], completions_per_step: int) -> None:
-    """Refuse to go on with a run that was configured in another way.
-
-    Raises:
-        ValueError: names the first key that differs, and both values.
-    """
-    before: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    now: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(values)))
-    may_differ = _MAY_DIFFER
-    if _is_longer(before, now):
-        may_differ = may_differ | {"max_steps", "num_train_epochs"}
-    if now["loss_type"] == "bnpo" or now["top_entropy_quantile"] < 1:  # means over micro-batches
-        may_differ = may_differ - {"per_device_train_batch_size"}
-    for key in [*now, *(before.keys() - now.keys())]:
-        if key not in may_differ and before.get(key) != now.get(key):
-            raise ValueError(
-                f"{key}: is {now.get(key)!r} now, and {before.get(key)!r} in the run in {path}, "
-                "which is to be resumed; give what it was, or another output_dir for a new run"
-            )
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    processes = math.prod((before.get("parallel") or {}).values())
-    completions = before[sizes[0]] * before[sizes[1]] * processes
-    if completions != completions_per_step:
-        raise ValueError(
-            f"gradient_accumulation_steps: a step of the run in {path} has {completions} "
-            f"completions, from {processes} process{'es' if processes > 1 else ''}, and now it "
-            f"would have {completions_per_step}; change it so that they are as many"
-        )
-
-
-def _is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Say whether a run is to have more steps than it had, and those it has taken are the same."""
-    schedule, warmup = now["lr_scheduler_type"], now["warmup_steps"]
-    ends_nowhere = schedule == "constant" or (
-        schedule == "constant_with_warmup" and (warmup >= 1 or warmup == 0)
-    )
-    lengths = [(each["max_steps"], each["num_train_epochs"]) for each in (before, now)]
-    same_unit = (lengths[0][0] > 0) == (lengths[1][0] > 0)
-    return ends_nowhere and same_unit and lengths[1] > lengths[0]
-
-
 def finished(config: TrainConfig) -> dict[str, Any] | None:
     """Return what summary.json holds if the run that is to go on is done.
 
@@ -318,8 +272,8 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     values, objects = config.flat(), path / "objects.json"
     for key in json.loads(objects.read_text(encoding="utf-8")) if objects.is_file() else ():
         values[key] = before[key]
-    _check_same(path, values, config.completions_per_step)
-    if _is_longer(before, values):
+    check_same(path, values, config)
+    if is_longer(before, values):
         return None
     return json.loads((path / "summary.json").read_text(encoding="utf-8"))
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from hashlib import sha256
 
 import pytest
@@ -237,6 +238,54 @@ def test_how_a_run_is_computed_and_shown_may_change(tmp_path):
     run.cut(0)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {key: written[key] for key in values} == values
+
+
+def test_a_generation_serves_as_many_steps_whatever_their_passes(tmp_path):
+    """`steps_per_generation` counts passes, of which a step may have another number."""
+    four = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    RunDirectory(config_of(tmp_path, **four, steps_per_generation=8), "train")
+    two = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    for passes in (8, None):
+        with pytest.raises(ValueError) as error:
+            config = config_of(tmp_path, **two, steps_per_generation=passes)
+            RunDirectory(config, "train", resume=True)
+        assert str(error.value) == (
+            f"steps_per_generation: completions serve 2 optimisation steps in the run in "
+            f"{tmp_path}/run, and now they would serve {4 if passes else 1}; set it to 4"
+        )
+    parallel = {"parallel": {"data": 2, "shard": 1}, "per_device_train_batch_size": 2}
+    for same in (two, two | parallel):
+        RunDirectory(config_of(tmp_path, **same, steps_per_generation=4), "train", resume=True)
+
+
+@pytest.mark.parametrize("every", [None, 4])
+def test_evaluations_stay_where_they_were(tmp_path, every):
+    """They come with the lines of the log, if nothing else is said."""
+    values = {"eval_strategy": "steps", "dataset_test_split": "test", "eval_steps": every}
+    RunDirectory(config_of(tmp_path, **values), "train")
+    config = config_of(tmp_path, **values, logging_steps=3)
+    refused = pytest.raises(ValueError, match="logging_steps: is 3 now, and 10 in the run")
+    with nullcontext() if every else refused:
+        RunDirectory(config, "train", resume=True)
+
+
+@pytest.mark.fault(
+    "a finished run is to be made longer, and something else has written to its files",
+    "one sentence with the line; no byte changes: it is finished still",
+)
+def test_a_run_that_cannot_go_on_is_left_as_it_was(tmp_path):
+    run = RunDirectory(config_of(tmp_path), "train")
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (run.path / "rewards.jsonl").write_text("{oops\n")
+    (run.path / "summary.json").write_text("{}\n")
+    (run.path / "checkpoints" / "step-2").mkdir(parents=True)
+    run.close()
+    before = {p: p.is_file() and p.read_bytes() for p in sorted(run.path.rglob("*"))}
+    again = RunDirectory(config_of(tmp_path, logging_steps=2), "train", resume=True)
+    with pytest.raises(ValueError, match=r"rewards.jsonl:1: is no JSON object of a run"):
+        again.cut(1)
+    again.close()
+    assert {p: p.is_file() and p.read_bytes() for p in sorted(run.path.rglob("*"))} == before
 
 
 @pytest.mark.parametrize("means", [{"loss_type": "bnpo"}, {"top_entropy_quantile": 0.5}])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..durable import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +38,14 @@ def save_curves(
         title: above the panels.
         accuracy_key: the metric of the first reward, for example `rewards/exact_match/mean`.
         share: it is a mean of nothing but 0 and 1, an accuracy.
+
+    Raises:
+        WriteError: the disk is full, for example.
     """
     figure = curves_figure(metrics, title=title, accuracy_key=accuracy_key, share=share)
-    figure.savefig(path, dpi=DPI)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=DPI)
+    write_whole(Path(path), picture.getvalue())
 
 
 def curves_figure(

@@ -138,6 +138,20 @@ def test_a_signal_in_a_save_is_no_failure_of_it(tmp_path):
 
 
 @pytest.mark.fault(
+    "a disk that is full at the end of a run, as its curves are drawn",
+    "one sentence and no piece of a picture; the run is not finished, and --resume auto ends it",
+)
+def test_curves_that_cannot_be_written(start, tmp_path):
+    run = start(**QUICK, max_steps=1).run
+    run.add_metrics({"step": 1, "reward": 1.0, "rewards/silent/mean": 1.0})
+    with full_at(1_000), pytest.raises(WriteError) as error:
+        run.finish("rewards/silent/mean")
+    assert str(error.value) == SENTENCE.format(run.path / "curves.png")
+    left = {path.name for path in run.path.iterdir()}
+    assert not [name for name in left if "curves" in name or "summary" in name]
+
+
+@pytest.mark.fault(
     "a disk that is full in the midst of a line of metrics or completions",
     "what was written of it is taken back, one sentence, and the run stops",
 )

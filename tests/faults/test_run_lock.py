@@ -15,6 +15,7 @@ import pytest
 import yaml
 from small_runs import lines
 
+from fastgrpo.run_directory import RunDirectory
 from fastgrpo.run_lock import RunLock, check_unused
 from fastgrpo.trainer import Trainer
 
@@ -25,6 +26,7 @@ QUICK = {
 HOLD = """
 import os, subprocess, sys, time
 from pathlib import Path
+from fastgrpo.run_directory import RunDirectory
 from fastgrpo.run_lock import RunLock
 
 lock = RunLock(Path(sys.argv[1]))
@@ -112,6 +114,20 @@ def test_a_trainer_has_its_directory_until_it_is_done(start, tmp_path):
     assert (tmp_path / "run" / "config.yaml").exists()
     trainer.train()
     check_unused(tmp_path / "run")
+
+
+@pytest.mark.fault(
+    "a run is started twice at the same time in the same new directory",
+    "the second is refused, and what the first has written stays",
+)
+def test_the_second_of_two_leaves_what_the_first_has_written(start, tmp_path, monkeypatch):
+    """Both have found it free before they loaded their models."""
+    first = start(**QUICK)
+    before = {path.name: path.read_bytes() for path in first.run.path.iterdir()}
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"):
+        RunDirectory(first.config, "train")
+    assert {path.name: path.read_bytes() for path in first.run.path.iterdir()} == before
+    assert "config.yaml" in before
 
 
 def test_a_trainer_that_fails_gives_its_directory_back(start, tmp_path):

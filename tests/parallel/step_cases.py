@@ -86,7 +86,15 @@ ESSENTIAL = {
     "budget": Case(BUDGET, **ONE),
 }
 
-COPIES = {"dapo, copied": Case()}
+# Norms are of the parts of one copy, and a reference that moves is in parts too.
+COPIES = {
+    "dapo, copied": Case(),
+    "clipped gradient": Case({"max_grad_norm": 1e-3}),
+    "reference offloaded moves, tied": Case(
+        REFERENCE | {"offload_ref_model": True, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        tie=True,
+    ),
+}
 
 LOSSES = {
     "grpo": Case(grpo()),
@@ -111,7 +119,6 @@ LOSSES = {
     "two steps of a generation": Case({"steps_per_generation": 2}),
     "two steps, twice": Case({"steps_per_generation": 2} | TWICE),
     "budget, grpo, twice": Case(grpo(**BUDGET, **TWICE)),
-    "clipped gradient": Case({"max_grad_norm": 1e-3}),
     "gradient as it is": Case({"max_grad_norm": 0.0}),
     "weight decay": Case({"weight_decay": 0.5}),
 }
@@ -122,10 +129,6 @@ REFERENCES = {
         | {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
     ),
     "reference offloaded": Case(REFERENCE | {"offload_ref_model": True}),
-    "reference offloaded moves, tied": Case(
-        REFERENCE | {"offload_ref_model": True, "sync_ref_model": True, "ref_model_sync_steps": 1},
-        tie=True,
-    ),
     "reference below adapters": Case(REFERENCE | {"use_peft": True}),
     "reference, corrected": Case(REFERENCE | {"use_bias_correction_kl": True}),
     "reference, silent": Case(REFERENCE, kind="silent"),

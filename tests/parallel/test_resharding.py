@@ -89,6 +89,9 @@ RESUMED = [
 def values(root: Path, case: str, world: str, name: str) -> dict[str, Any]:
     options = dict(DROPOUT if case == "dropout" else CASES[case])
     n, parallel = PROCESSES[world]
+    passes = 2 if n == 1 else 1  # of a step on each process
+    if "steps_per_generation" in options:
+        options["steps_per_generation"] *= passes
     tie = options.pop("tie", True)
     if "task" not in options:
         options |= {
@@ -100,7 +103,8 @@ def values(root: Path, case: str, world: str, name: str) -> dict[str, Any]:
         **({} if parallel is None else {"parallel": parallel}),
         "output_dir": str(root / name),
         "num_generations": 4,
-        "per_device_train_batch_size": COMPLETIONS // n,
+        "per_device_train_batch_size": COMPLETIONS // n // passes,
+        "gradient_accumulation_steps": passes,
         "max_completion_length": 12,
         "reward_timeout": None,
         "lr_scheduler_type": "constant",

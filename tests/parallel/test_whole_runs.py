@@ -109,7 +109,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "filtered": {
         "reward_funcs": ["even"], "loss_type": "grpo", "num_iterations": 2,
-        "mesh": {2: "ddp", 4: "ddp"},
+        "mesh": {2: "ddp"},
     },
     "several steps": {
         "steps_per_generation": 2, "num_iterations": 2, "max_steps": 8,
