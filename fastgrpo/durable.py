@@ -51,15 +51,13 @@ def writing(path: Path) -> Generator[None]:
     """Return the context in which something is written: what the disk refuses is one sentence.
 
     Raises:
-        WriteError: in place of what the disk, safetensors or PyTorch's checkpoints have raised.
+        WriteError: in place of what the disk or safetensors have raised.
     """
     try:
         yield
     except WriteError:
         raise
-    except BaseException as error:  # PyTorch's is no Exception
-        if interrupt := _interrupt(error):
-            raise interrupt from None
+    except Exception as error:
         reason = _refusal(error)
         if reason is None:
             raise
@@ -69,24 +67,14 @@ def writing(path: Path) -> Generator[None]:
         ) from error
 
 
-def _interrupt(error: BaseException) -> KeyboardInterrupt | None:
-    """Return the signal that has ended a save, which PyTorch takes for a failure of it."""
-    found = (each for each, _ in getattr(error, "failures", {}).values())
-    return next((each for each in found if isinstance(each, KeyboardInterrupt)), None)
-
-
-def _refusal(error: BaseException) -> str | None:
+def _refusal(error: Exception) -> str | None:
     """Return why nothing could be written, if that is what an error says."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # Imported here: who writes lines has no need of them.
     from safetensors import SafetensorError
-    from torch.distributed.checkpoint.api import CheckpointException
 
     if isinstance(error, SafetensorError):
         found = re.search(r"\(os error (\d+)\)", str(error))
         return None if found is None else os.strerror(int(found[1]))
-    if isinstance(error, CheckpointException):  # of one process or several, each with its own
-        reasons = [_refusal(each) for each, _ in error.failures.values()]
-        return None if None in reasons else reasons[0]
     return None

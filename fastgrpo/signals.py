@@ -34,6 +34,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(*([text] if text else []))
         self.number = number
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[Any, ...]]:
+        """Be pickled as it was made: processes tell each other what has ended a checkpoint."""
+        return type(self), (self.number, *self.args)
+
 
 class Stopped(Interrupted):
     """A run has ended early because a signal asked it to, and said what is saved of it."""

@@ -65,7 +65,8 @@ def train(config_file: str, overrides: Sequence[str], *, resume: bool) -> int:
     except Stopped as stopped:
         return _stop(stopped)
     except (Exception, KeyboardInterrupt) as error:
-        return _fail(error, config_file, None if trainer is None else trainer.run.path)
+        run = None if trainer is None else trainer.run.path
+        return _fail(error, config_file, run, resume=resume)
     leave_world()
     return 0
 
@@ -88,13 +89,16 @@ def _stop(stopped: Stopped) -> int:
     return exit_status(stopped)
 
 
-def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | None) -> int:
+def _fail(
+    error: Exception | KeyboardInterrupt, config_file: str, run: Path | None, *, resume: bool
+) -> int:
     """Tell of what has ended a run, if no other process has failed before; return the status.
 
     Args:
         error: it.
         config_file: of the run.
         run: its directory; None: it has not begun.
+        resume: it may have been written before, and be changed before it goes on.
     """
     from .distributed import (
         is_first_to_fail,
@@ -107,7 +111,7 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
     world = joined_world()
     if world.size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may keep it from being told
-    status, text = _outcome(error, begun=run is not None)
+    status, text = _outcome(error, begun=run is not None, resume=resume)
     lines = [] if run is None else _place(run)
     if text is None and world.size == 1:
         # Before the traceback of what is nobody's input.
@@ -136,14 +140,18 @@ def _fail(error: Exception | KeyboardInterrupt, config_file: str, run: Path | No
     return status
 
 
-def _outcome(error: Exception | KeyboardInterrupt, *, begun: bool) -> tuple[int, str | None]:
+def _outcome(
+    error: Exception | KeyboardInterrupt, *, begun: bool, resume: bool
+) -> tuple[int, str | None]:
     """Return the exit status and what to say; None: the traceback."""
     from .distributed import joined_world, lost_peer
 
     if isinstance(error, KeyboardInterrupt):
         forwarded = joined_world().size > 1 and exit_status(error) == 128 + signal.SIGTERM
         what = _TERMINATED if forwarded else "interrupted"
-        return exit_status(error), what + ("" if begun else " before anything was written")
+        return exit_status(error), what + (
+            "" if begun or resume else " before anything was written"
+        )
     if lost_peer(error):
         return 1, _PEER_LOST
     if not begun and isinstance(error, ValueError | OSError | ImportError):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -78,10 +79,20 @@ def load_base(path: Path, model: Any) -> None:
 
 @contextmanager
 def _alone() -> Generator[bool]:
-    """Say whether this process is the only one, which PyTorch would otherwise warn of."""
+    """Say whether this process is the only one, which PyTorch would otherwise warn of.
+
+    Raises:
+        BaseException: what has ended the reading or writing in any process, a signal before all
+            else. PyTorch's own, which holds it, is no Exception.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield not dist.is_initialized()
+        try:
+            yield not dist.is_initialized()
+        except CheckpointException as error:
+            found = [each for each, _ in error.failures.values()]
+            signals = [each for each in found if isinstance(each, KeyboardInterrupt)]
+            raise (signals or found)[0] from error
 
 
 def _tensors(learner: Learner) -> dict[str, Tensor]:

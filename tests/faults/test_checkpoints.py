@@ -9,8 +9,10 @@ import shutil
 import signal
 
 import pytest
+import torch
 from small_models import save_small_model, small_model, small_tokenizer
 from small_runs import assert_same_run, left_by, run_config
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from fastgrpo.checkpoint import save_checkpoint
 from fastgrpo.cli import main
@@ -203,6 +205,31 @@ def test_a_damaged_checkpoint_is_not_measured(run, capsys):
     assert f"checkpoint step-2 of {run} is damaged: model.safetensors is not what was saved" in said
     arguments[3] = str(path)  # as it is
     assert main(arguments) == 0
+
+
+@pytest.mark.fault(
+    "a disk that gives a read error, or memory that runs out, as a checkpoint is gone on from",
+    "one sentence, and nothing of the run is changed",
+)
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(OSError(errno.EIO, os.strerror(errno.EIO)), 2), (torch.OutOfMemoryError("no memory"), 1)],
+)
+def test_what_ends_the_reading_of_a_checkpoint_is_told(
+    run, config, monkeypatch, capsys, error, status
+):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", fail)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        Trainer(config(run), resume=True)
+    command = ["train", f"{run}/config.yaml", f"output_dir={run}", "--resume", "auto"]
+    assert main(command) == status
+    assert f"\nfastgrpo: {error}\n" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before
 
 
 def test_a_manifest_has_size_and_hash_of_every_file(whole):

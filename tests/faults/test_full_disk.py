@@ -6,11 +6,9 @@ import subprocess
 from contextlib import contextmanager
 
 import pytest
-import torch
 from small_models import small_model, small_tokenizer
 from small_runs import lines
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastgrpo import saving
 from fastgrpo.checkpoint import save_checkpoint
@@ -123,18 +121,14 @@ def test_what_is_no_matter_of_the_disk_is_raised_as_it_is(tmp_path):
         raise KeyError("a slip")
 
 
-class Interrupting(HuggingFaceStorageWriter):
-    """Is interrupted while it writes, as by a second signal."""
-
-    def write_data(self, plan, planner):
+@pytest.mark.fault("a second signal while PyTorch writes a checkpoint", "the run ends by it")
+def test_a_signal_in_a_save_is_no_failure_of_it(start, monkeypatch):
+    def interrupted(self, plan, planner):
         raise KeyboardInterrupt
 
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.fault("a second signal while PyTorch writes a checkpoint", "the run ends by it")
-def test_a_signal_in_a_save_is_no_failure_of_it(tmp_path):
-    with pytest.raises(KeyboardInterrupt), writing(tmp_path):
-        save({"x": torch.ones(2)}, storage_writer=Interrupting(str(tmp_path)), no_dist=True)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(**QUICK, save_errors="none").train()
 
 
 @pytest.mark.fault(

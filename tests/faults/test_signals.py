@@ -1,13 +1,17 @@
 """A first signal stops a run after its step and saves it, a second one ends it at once."""
 
 import os
+import pickle
 import signal
 import threading
 
 import pytest
 from small_models import save_small_model
 from small_runs import assert_same_run, left_by, lines, run_config
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from fastgrpo.cli import main
+from fastgrpo.run_directory import RunDirectory
 from fastgrpo.signals import SIGNALS, Interrupted, Stopped
 from fastgrpo.trainer import Trainer
 
@@ -106,6 +110,40 @@ def test_a_second_signal_ends_a_run_at_once(start):
     assert not isinstance(ended.value, Interrupted)  # but Python's own, whose handler was there
     assert [signal.getsignal(each) for each in SIGNALS] == before
     assert checkpoints(trainer) == ["step-2"] and steps(trainer) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "a signal while a resumed run reads its checkpoint, and once it has taken lines back",
+    "the run ends at once with 128 + N, and can be resumed as before",
+)
+def test_a_signal_as_a_run_is_resumed_ends_it_with_its_own_status(start, monkeypatch, capsys):
+    trainer = start(save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    run = trainer.run.path
+    command = ["train", f"{run}/config.yaml", "max_steps=4", "--resume", "auto"]
+    for owner, name, number in (
+        (HuggingFaceStorageReader, "read_data", signal.SIGTERM),
+        (RunDirectory, "cut", SIGNALS[-1]),
+    ):
+        with monkeypatch.context() as patch:
+            was = getattr(owner, name)
+
+            def ended(*args, was=was, number=number):
+                was(*args)
+                os.kill(os.getpid(), number)
+
+            patch.setattr(owner, name, ended)
+            assert main(command) == 128 + number
+        assert capsys.readouterr().err.endswith("\nfastgrpo: interrupted\n")
+    assert main(command) == 0
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_another_process_can_be_told_of_a_signal():
+    """PyTorch does, of what ends the reading or writing of a checkpoint."""
+    told = pickle.loads(pickle.dumps(Stopped(signal.SIGTERM, "after step 3")))
+    assert (type(told), told.number, str(told)) == (Stopped, signal.SIGTERM, "after step 3")
 
 
 @pytest.mark.fault("a signal with save_only_model", "the model alone is saved, and it is said")
