@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import complain
+from .durable import WriteError
 from .signals import SIGNALS, Stopped, exit_status
 
 _PATIENCE = 5.0
@@ -112,7 +113,7 @@ def _fail(
     if world.size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may keep it from being told
     status, text = _outcome(error, begun=run is not None, resume=resume)
-    lines = [] if run is None else _place(run)
+    lines = [] if run is None else _place(run, again=not isinstance(error, FloatingPointError))
     if text is None and world.size == 1:
         # Before the traceback of what is nobody's input.
         print(*lines, sep="\n", file=sys.stderr)
@@ -154,10 +155,11 @@ def _outcome(
         )
     if lost_peer(error):
         return 1, _PEER_LOST
-    if not begun and isinstance(error, ValueError | OSError | ImportError):
+    if isinstance(error, ValueError | OSError | ImportError) and not (
+        begun or isinstance(error, WriteError)  # a run that is resumed may have changed
+    ):
         return 2, str(error)
     from .config import ConfigError
-    from .durable import WriteError
     from .rewards import RewardError
     from .rollout_fn import RolloutError
 
@@ -174,8 +176,13 @@ def _out_of_memory() -> type[Exception]:
     return OutOfMemoryError
 
 
-def _place(run: Path) -> list[str]:
-    """Say where a run is that has ended, and how it goes on; one without a step leaves nothing."""
+def _place(run: Path, *, again: bool) -> list[str]:
+    """Say where a run is that has ended, and how it goes on; one without a step leaves nothing.
+
+    Args:
+        run: its directory.
+        again: it may go on; False: it would end in the same way.
+    """
     from .output_dir import is_bare
     from .run_checkpoints import RunCheckpoints
 
@@ -183,4 +190,4 @@ def _place(run: Path) -> list[str]:
         return ["nothing was written"]
     step = RunCheckpoints(run).last_step()
     how = f"start it again with output_dir={run} and --resume auto to go on after step {step}"
-    return [f"run directory: {run}"] + ([how] if step else [])
+    return [f"run directory: {run}"] + ([how] if step and again else [])

@@ -265,6 +265,25 @@ def test_a_run_that_fails_says_how_to_go_on(tmp_path, monkeypatch, config_file, 
     assert told == ["run directory: run"] + [how] * saved
 
 
+def test_a_run_whose_numbers_went_wrong_is_not_told_to_go_on(
+    tmp_path, monkeypatch, config_file, capsys
+):
+    """It would end in the same way; what is advised is a new run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def judge(completions, trainer_state, **columns):\n"
+        "    return [1e3**trainer_state.global_step * i for i in range(len(completions))]\n"
+    )
+    overrides = ["reward_funcs=[mine.py:judge]", "reward_timeout=null", "scale_rewards=none"]
+    overrides += ["max_grad_norm_ratio=10", "grad_norm_window=1", "max_bad_steps=0"]
+    overrides += ["save_strategy=steps", "save_steps=1", "output_dir=run"]
+    assert main(["train", str(config_file), *overrides]) == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-1").is_dir()
+    error = capsys.readouterr().err
+    assert "begin a new run with a lower learning_rate" in error
+    assert error.endswith("\nrun directory: run\n")
+
+
 @pytest.mark.parametrize("kind", ["a link", "empty", "new", "in new ones"])
 def test_a_run_without_a_step_leaves_the_directories_that_were_there(
     tmp_path, monkeypatch, config_file, capsys, kind

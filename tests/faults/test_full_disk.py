@@ -15,6 +15,7 @@ from fastgrpo.checkpoint import save_checkpoint
 from fastgrpo.cli import main
 from fastgrpo.durable import WriteError, write_whole, writing
 from fastgrpo.json_lines import append_lines, read_lines
+from fastgrpo.run_directory import RunDirectory
 from fastgrpo.trainer import Trainer
 
 resource = pytest.importorskip("resource", reason="not on Windows")
@@ -104,6 +105,27 @@ def test_the_command_tells_of_a_full_disk_in_one_sentence(start, saves, tmp_path
     said = capsys.readouterr().err
     assert f"fastgrpo: {SENTENCE.format(tmp_path / 'run' / 'checkpoints' / 'step-1')}\n" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.fault(
+    "a disk that is full as a resumed run takes lines back",
+    "one sentence and exit code 1, for the run may have changed; it can be resumed as before",
+)
+def test_a_run_that_cannot_take_lines_back(start, capsys, monkeypatch):
+    trainer = start(**QUICK, max_steps=1)
+    trainer.train()
+    run, cut = trainer.run.path, RunDirectory.cut
+
+    def full(*args):
+        with full_at(10):
+            cut(*args)
+
+    command = ["train", f"{run}/config.yaml", "max_steps=2", "--resume", "auto"]
+    monkeypatch.setattr(RunDirectory, "cut", full)
+    assert main(command) == 1
+    assert capsys.readouterr().err.endswith(f"\nfastgrpo: {SENTENCE.format(run / 'config.yaml')}\n")
+    monkeypatch.setattr(RunDirectory, "cut", cut)
+    assert main(command) == 0
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
