@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_NAMES = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
+"""What systems say that sync no directories, or let this one not be opened."""
 
 
 class WriteError(OSError):
@@ -14,10 +18,23 @@ class WriteError(OSError):
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a directory, on the disk when it returns."""
-    if path.is_dir() and os.name == "nt":  # Windows keeps names by itself
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    """Have a file, or the names in a directory, on the disk when it returns.
+
+    Names are the system's matter where it does not sync them, and in a directory that may not be
+    read, such as another's in which the run directory is.
+    """
+    if not path.is_dir():
+        _sync(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # a file may be read-only
+    elif os.name != "nt":  # Windows keeps names by itself
+        try:
+            _sync(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in _NO_NAMES:
+                raise
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,9 +1,14 @@
 """What cannot be written: a limit on the size of files stands for a disk that is full."""
 
+import errno
 import json
+import os
 import shutil
+import stat
 import subprocess
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from small_models import small_model, small_tokenizer
@@ -11,10 +16,11 @@ from small_runs import lines
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from fastgrpo import saving
-from fastgrpo.checkpoint import save_checkpoint
+from fastgrpo.checkpoint import begin_checkpoint, finish_checkpoint, save_checkpoint
 from fastgrpo.cli import main
 from fastgrpo.durable import WriteError, write_whole, writing
 from fastgrpo.json_lines import append_lines, read_lines
+from fastgrpo.manifest import damage
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.trainer import Trainer
 
@@ -203,6 +209,64 @@ def test_a_file_that_cannot_be_replaced_is_as_it_was(tmp_path):
     with full_at(4), pytest.raises(WriteError, match="could not be written"):
         write_whole(path, "a: 123456\n")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "a: 1\n")]
+
+
+@pytest.fixture
+def own():
+    """Be someone whom permissions bind, and return a directory of theirs."""
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:  # above pytest's are some of root's alone
+        if root:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+@pytest.mark.fault(
+    "output_dir is in a directory that may not be listed, and a file that came with the model is "
+    "read-only",
+    "checkpoints are written",
+)
+def test_a_checkpoint_takes_no_more_than_the_right_to_write_it(own):
+    path = own / "scratch" / "mine" / "final"
+    path.parent.mkdir(parents=True)
+    code = begin_checkpoint(path) / "modeling.py"
+    code.touch()
+    code.chmod(0o444)
+    (own / "scratch").chmod(0o311)
+    try:
+        finish_checkpoint(path, small_model(), small_tokenizer())
+        assert damage(path) is None
+    finally:
+        (own / "scratch").chmod(0o755)
+
+
+@pytest.mark.fault(
+    "a file system that does not sync directories", "all is written; a file is synced or refused"
+)
+def test_names_are_left_to_a_file_system_that_does_not_sync_them(tmp_path, monkeypatch):
+    fsync = os.fsync
+    refused: dict[str, int] = {}
+
+    def refuse(descriptor):  # there is no such file system here
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        number = refused.get("directories" if is_directory else "files")
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for refused["directories"] in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+        write_whole(tmp_path / "config.yaml", "a: 1\n")
+        save_checkpoint(tmp_path / "final", small_model(), small_tokenizer())
+    for what, number in (("directories", errno.EIO), ("files", errno.EINVAL)):
+        refused[what] = number
+        with pytest.raises(WriteError, match=os.strerror(number)):
+            write_whole(tmp_path / "config.yaml", "a: 2\n")
 
 
 @pytest.fixture
