@@ -180,20 +180,25 @@ class Saver:
             self.saved_step = self.trainer.step
 
     def check_best(self) -> None:
-        """Say so if the best checkpoint is damaged: then there is none."""
-        if self.best is not None:
-            problem = self.trainer.world.on_main(self._put_best_aside)
-            if problem is not None:
-                self.best = None
-                self.trainer.journal.warn(self.trainer.step, problem)
+        """Take what is in `best`, which may be of a later step; if it is damaged, say so."""
+        if self.metric is not None:
+            self.best, problems = self.trainer.world.on_main(self._read_best)
+            self.trainer.journal.warn(self.trainer.step, *problems)
 
-    def _put_best_aside(self) -> str | None:
-        path = self._best_path
-        problem = damage(path) if path.is_dir() else "it is missing"
-        if problem is None:
-            return None
-        name = f" and now called {put_aside(path).name}" if path.is_dir() else ""
-        return f"checkpoint best is damaged{name}: {problem}; the next evaluation begins another"
+    def _read_best(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """Return what is told in `best`, and what is wrong with it; then it gets another name."""
+        path, name = self._best_path, ""
+        if path.is_dir():
+            problem = damage(path)
+            if problem is None:
+                return json.loads((path / BEST).read_text(encoding="utf-8")), []
+            name = f" and now called {put_aside(path).name}"
+        elif self.best is None:
+            return None, []
+        else:
+            problem = "it is missing"
+        follows = "the next evaluation begins another"
+        return None, [f"checkpoint best is damaged{name}: {problem}; {follows}"]
 
     @property
     def _best_path(self) -> Path:

@@ -112,6 +112,32 @@ def test_a_resumed_run_keeps_the_best(start, tmp_path):
         ]
 
 
+@pytest.mark.fault(
+    "a run goes back to a step before its best, or to its beginning",
+    "the best is still that in the directory, and nothing worse takes its place",
+)
+@pytest.mark.parametrize("saved", [True, False])
+def test_going_back_keeps_a_later_best(start, saved):
+    trainer = start(save_steps=2)
+    run, saver = trainer.run.path, trainer.saver
+    trainer.step = 2
+    saver.after_evaluation({"eval_reward": 0.3})
+    if saved:
+        saver.save_step()
+    trainer.step = 3
+    saver.after_evaluation({"eval_reward": 0.9})
+    trainer.run.close()  # and no more, as if it had been killed
+    trainer = start(resume=True, save_steps=2)
+    assert trainer.step == 2 * saved
+    told = {"best": start_best(0.9, 3)}
+    assert trainer.saver.summary() == told
+    for value in (0.9, 0.8):  # the same again, as of a run that goes on, and a worse one
+        trainer.step = 3
+        trainer.saver.after_evaluation({"eval_reward": value})
+    assert trainer.saver.summary() == told == {"best": best_of(run)}
+    trainer.run.close()
+
+
 def start_best(value, step):
     return {"metric": "eval_reward", "value": pytest.approx(value, abs=1e-6), "step": step}
 
