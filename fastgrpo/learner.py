@@ -30,8 +30,9 @@ from .metrics import StepMetrics, peak_memory_gib
 from .model import Policy
 from .optim import build_optimizer, clip_gradients
 from .ref_model import Reference
+from .shortage import free_memory, shortage
 from .token_budget import TokenBudget
-from .trace import first_bad
+from .trace import Finding, first_bad
 
 
 class Learner:
@@ -155,8 +156,8 @@ class Learner:
         bad_steps.skip()
         self.optimizer.zero_grad()
         set_random_states(random, self.policy.device)
-        finding = first_bad(step)
-        said = reason + (f"; {finding}" if finding else "")
+        finding, where = self._find(step)
+        said = reason + where
         if self.run_directory is not None:
             name = f"step-{number}"
             begins = bad_steps.weights is None
@@ -183,6 +184,24 @@ class Learner:
                 said += f"; `fastgrpo replay {folder}` runs it again{kept}"
         bad_steps.check(f"step {number}: {said}", finding)
         self._problems.append(f"step {number} was skipped, nothing has changed: {said}")
+
+    def _find(self, step: Step) -> tuple[Finding | None, str]:
+        """Return where a step went wrong, and the same in words; it may not be known.
+
+        Raises:
+            torch.OutOfMemoryError: looking took too much in one of several processes.
+        """
+        try:
+            finding = first_bad(step)
+            return finding, f"; {finding}" if finding else ""
+        except Exception as error:
+            said = shortage(error)
+            if said is None or self.world.size > 1:  # the others are in the middle of a look
+                raise
+        # The exception is gone here, and with it the frames that held the pass.
+        self.optimizer.zero_grad()
+        free_memory()
+        return None, f"; there was not enough memory to find out where ({said})"
 
     def _write(
         self,

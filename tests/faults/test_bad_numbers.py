@@ -300,6 +300,34 @@ def test_a_spike_is_skipped_and_kept(start):
         learner.optimise(batch, 4)
 
 
+@pytest.mark.fault(
+    "out of memory as a bad step is looked into", "it is skipped, kept and said, the run goes on"
+)
+def test_a_bad_step_is_skipped_without_a_look_where_memory_runs_out(start):
+    trainer = start(max_bad_steps=1)
+    learner, model = trainer.learner, trainer.policy.model
+    (batch,), _ = trainer.collect(1, {})
+
+    def runs_out(module, args, output):
+        if module._forward_pre_hooks:  # it is watched
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is")
+
+    handle = model.get_submodule(UP).register_forward_hook(runs_out)
+    undo, before = infinite_for_one_token(model, batch), everything(trainer)
+    assert learner.optimise(batch, 1)["skipped_steps"] == 1
+    assert_equal(everything(trainer), before)
+    undo()
+    (said,) = learner.take_problems()
+    assert (
+        "memory to find out where (CUDA out of memory. Tried to allocate 2.00 GiB); `fast" in said
+    )
+    assert read_bad_step(trainer.run.path / "bad_steps" / "step-1").finding is None
+    learner.optimise(batch, 2)
+    assert learner.bad_steps.in_a_row == 0
+    handle.remove()
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 @pytest.mark.fault("a bad step that cannot be written", "it is skipped and said, the run goes on")
 def test_a_bad_step_that_cannot_be_kept_does_not_end_the_run(start):
     trainer = start()
