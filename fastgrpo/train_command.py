@@ -129,9 +129,11 @@ def _fail(
     first = is_first_to_fail()
     if first:
         complain(text, *lines)
-    if first or not lost_peer(error):
+    lost = lost_peer(error)
+    if first or not lost:
         record_failure(text)
-    if not first and world.size > 1:  # torchrun takes what ends first for the cause; it ends this
+    # Torchrun takes what it sees end first for the cause, and ends this.
+    if (lost or not first) and world.size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_PATIENCE)
     if world.size > 1:
