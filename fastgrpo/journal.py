@@ -14,7 +14,7 @@ from .health import Health
 from .json_lines import read_lines
 from .run_directory import RunDirectory
 from .signals import Stopped
-from .trackers import build_trackers
+from .trackers import Tracker, build_trackers
 
 
 class Journal:
@@ -26,7 +26,7 @@ class Journal:
         self.config, self.run, self.console = config, run, console
         self.reward_names = list(reward_names)
         self.health = Health(config)
-        self.trackers = build_trackers(config, run.path, console.warning)
+        self.trackers: list[Tracker] = []
         if run.left_by is not None:
             console.message(f"taken over from {run.left_by}, which has died")
 
@@ -39,14 +39,36 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for tracker in self.trackers:
-            tracker.close(failed=not (error is None or isinstance(error, Stopped)))
+        self.close_trackers(failed=not (error is None or isinstance(error, Stopped)))
         if error is not None and self.run.is_bare:
             self.run.discard()  # else it would be in the way of the next start
         self.run.close()
 
-    def catch_up(self) -> None:
-        """Let what watches a run's health know the steps that were written before this process."""
+    def begin(self) -> None:
+        """Start the trackers, once the run has been found to fit.
+
+        Raises:
+            ValueError: see `build_trackers`.
+        """
+        self.trackers = build_trackers(self.config, self.run.path, self.console.warning)
+
+    def close_trackers(self, *, failed: bool) -> None:
+        """Close those that have been started, see `Tracker.close`."""
+        for tracker in self.trackers:
+            tracker.close(failed=failed)
+
+    def go_on(self, step: int, sizes: Mapping[str, int] | None) -> None:
+        """Begin, take back what was written after a step, and let it be known what was before.
+
+        Args:
+            step: see `RunDirectory.cut`.
+            sizes: too.
+
+        Raises:
+            ValueError: see `build_trackers` and `RunDirectory.cut`; nothing has been taken back.
+        """
+        self.begin()
+        self.run.cut(step, sizes)
         path = self.run.path / "metrics.jsonl"
         for metrics in read_lines(path) if path.exists() else ():
             # It is said again of none of them.
@@ -123,12 +145,10 @@ class MuteJournal(Journal):
     ) -> None:
         self.config, self.run, self.console = config, run, console
         self.reward_names = list(reward_names)
+        self.trackers = []
 
     def __exit__(self, *error: object) -> None:
         pass
-
-    def catch_up(self) -> None:
-        """Know nothing."""
 
     def generation(self, step: int, found: Experience, *, logged: bool) -> None:
         """Write nothing."""

@@ -98,8 +98,11 @@ class Trainer:
             self.learner.run_directory = self.run.path
             journal = Journal if world.is_main else MuteJournal
             self.journal = journal(config, self.run, console, self.judges.names)
+            undo.callback(self.journal.close_trackers, failed=True)
             if resume:
                 self._resume()
+            else:
+                world.on_main(self.journal.begin)
             undo.pop_all()  # nothing has gone wrong
 
     def _build(
@@ -138,17 +141,14 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint, or to before the first step if there is none."""
-        on_base = nameless_base(self.policy.model) is not None
-        checkpoint, damaged = self.world.on_main(
-            lambda: self.run.checkpoints.newest(on_base=on_base)
-        )
+        newest, base = self.run.checkpoints.newest, nameless_base(self.policy.model)
+        checkpoint, damaged = self.world.on_main(lambda: newest(on_base=base is not None))
         step, sizes = -1, None  # without one also what was said before the first is taken back
         if checkpoint is not None:
             load_base(self.run.base, self.policy.model)
             sizes = load_state(checkpoint / "state", self)
             step = self.step
-        self.world.on_main(lambda: self.run.cut(step, sizes))
-        self.journal.catch_up()
+        self.world.on_main(lambda: self.journal.go_on(step, sizes))
         self.journal.warn(self.step, *damaged)
         self.saver.check_best()
         if checkpoint is not None:

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shutil
 import sqlite3
 import struct
 import sys
@@ -14,7 +15,9 @@ import pytest
 
 from fastgrpo import trackers
 from fastgrpo.config import config_from
+from fastgrpo.run_directory import RunDirectory
 from fastgrpo.trackers import Tracker, build_trackers, check_trackers, tracked_name
+from fastgrpo.trainer import Trainer
 
 STEPS = [
     {"step": 1, "reward": 0.25, "rewards/judge/mean": 0.5, "kl": None, "loss": math.nan},
@@ -254,6 +257,34 @@ def test_what_cannot_start_says_so_and_closes_the_others(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=sentence):
         build_trackers(config, tmp_path)
     assert closed == [True]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_a_run_that_is_refused_is_no_news_to_trackers(start, monkeypatch):
+    told = []
+
+    class Told(Broken):
+        def __init__(self, config, path):
+            told.append("begun")
+
+        def close(self, *, failed):
+            told.append(failed)
+
+    monkeypatch.setattr(trackers, "BACKENDS", {"told": Told})
+    monkeypatch.setattr(trackers, "_installed", lambda package: True)
+    trainer = start(report_to=["told"], save_strategy="steps")
+    trainer.journal.warn(1, "of a step that comes again")
+    trainer.saver.save_step()
+    trainer.run.close()  # and no more, as if it had been killed
+    (trainer.run.checkpoints.of_step(0) / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint to go on from \(step-0"):
+        Trainer(trainer.config, resume=True)
+    assert told == ["begun"]
+    shutil.rmtree(trainer.run.checkpoints.folder)
+    monkeypatch.setattr(RunDirectory, "cut", lambda *_: 1 / 0)  # later than what refuses most runs
+    with pytest.raises(ZeroDivisionError):
+        Trainer(trainer.config, resume=True)
+    assert told == ["begun", "begun", True]
 
 
 def test_none_all_and_single_names():
