@@ -27,6 +27,11 @@ class RunCheckpoints:
         steps = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted(int(step) for step in steps if step.isdecimal())
 
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do, as the end of a run says it."""
+        return f"start it again with output_dir={self.run} and --resume auto to go on"
+
     def last_step(self) -> int | None:
         """Return the last step that a run may go on from, damaged or not; None: there is none."""
         return max((n for n in self.steps() if (self.of_step(n) / "state").is_dir()), default=None)

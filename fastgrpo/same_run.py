@@ -61,15 +61,13 @@ def check_same(path: Path, values: Mapping[str, Any], config: TrainConfig) -> No
             f"completions, from {processes} process{'es' if processes > 1 else ''}, and now it "
             f"would have {config.completions_per_step}; change it so that they are as many"
         )
-    steps, steps_now = (
-        (before["steps_per_generation"] or passes) // passes,
-        config.optimizer_steps_per_generation,
-    )
-    if steps != steps_now:
+    steps = (before["steps_per_generation"] or passes) // passes
+    if steps != config.optimizer_steps_per_generation:
         raise ValueError(
             f"steps_per_generation: completions serve {steps} optimisation "
             f"step{'s' if steps > 1 else ''} in the run in {path}, and now they would serve "
-            f"{steps_now}; set it to {steps * config.gradient_accumulation_steps}"
+            f"{config.optimizer_steps_per_generation}; set it to "
+            f"{steps * config.gradient_accumulation_steps}"
         )
 
 

@@ -121,7 +121,7 @@ class Saver:
         text = f"stopped by {Signals(number).name} after step {step}"
         text += f", saved in {path}/checkpoints/step-{step}"
         if self.saves_state:
-            text += f"; start it again with output_dir={path} and --resume auto to go on"
+            text += f"; {self.trainer.run.checkpoints.how_to_go_on}"
         else:
             text += ", the model alone: there is no going on from it"
         return Stopped(number, text)

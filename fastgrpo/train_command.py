@@ -190,6 +190,7 @@ def _place(run: Path, *, again: bool) -> list[str]:
 
     if not run.is_dir() or is_bare(run):
         return ["nothing was written"]
-    step = RunCheckpoints(run).last_step()
-    how = f"start it again with output_dir={run} and --resume auto to go on after step {step}"
+    checkpoints = RunCheckpoints(run)
+    step = checkpoints.last_step()
+    how = f"{checkpoints.how_to_go_on} after step {step}"
     return [f"run directory: {run}"] + ([how] if step and again else [])

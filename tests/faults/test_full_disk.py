@@ -163,7 +163,7 @@ def test_a_signal_in_a_save_is_no_failure_of_it(start, monkeypatch):
     "a disk that is full at the end of a run, as its curves are drawn",
     "one sentence and no piece of a picture; the run is not finished, and --resume auto ends it",
 )
-def test_curves_that_cannot_be_written(start, tmp_path):
+def test_curves_that_cannot_be_written(start):
     run = start(**QUICK, max_steps=1).run
     run.add_metrics({"step": 1, "reward": 1.0, "rewards/silent/mean": 1.0})
     with full_at(1_000), pytest.raises(WriteError) as error:

@@ -26,7 +26,6 @@ QUICK = {
 HOLD = """
 import os, subprocess, sys, time
 from pathlib import Path
-from fastgrpo.run_directory import RunDirectory
 from fastgrpo.run_lock import RunLock
 
 lock = RunLock(Path(sys.argv[1]))
@@ -120,7 +119,7 @@ def test_a_trainer_has_its_directory_until_it_is_done(start, tmp_path):
     "a run is started twice at the same time in the same new directory",
     "the second is refused, and what the first has written stays",
 )
-def test_the_second_of_two_leaves_what_the_first_has_written(start, tmp_path, monkeypatch):
+def test_the_second_of_two_leaves_what_the_first_has_written(start):
     """Both have found it free before they loaded their models."""
     first = start(**QUICK)
     before = {path.name: path.read_bytes() for path in first.run.path.iterdir()}
