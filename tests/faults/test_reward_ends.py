@@ -52,7 +52,8 @@ def test_what_cannot_be_killed_is_left_behind(write, judge, monkeypatch):
     judges, score = judge(write(ENDING) + "sleeps", reward_timeout=0.5, reward_errors="none")
     (one,) = judges._processes.values()
     popen, kill = one._popen, os.kill
-    # No disk can be made to hang here: the signal is lost instead.
+    # No disk can be made to hang here: the signal is lost instead, and that of the lifeline too.
+    lifeline = os.dup(one._lifeline)
     monkeypatch.setattr(os, "killpg", lambda pid, number: None)
     monkeypatch.setattr(os, "kill", lambda pid, number: number != 9 and kill(pid, number))
     start = time.perf_counter()
@@ -61,6 +62,7 @@ def test_what_cannot_be_killed_is_left_behind(write, judge, monkeypatch):
     assert popen.poll() is None
     talk = one._talk
     monkeypatch.undo()
+    os.close(lifeline)
     popen.kill()
     popen.wait()
     talk.join()
